@@ -1,0 +1,33 @@
+# make run      the embedded study, end to end (PROFILE=ci|default|sst|…; goes on where it stopped)
+# make test     what CI runs
+# make bench    timings of the training step
+# make install  .venv with this package; make clean removes runs and caches
+PYTHON ?= python3
+PROFILE ?= default
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+
+.PHONY: run install test bench clean
+
+run: install
+	$(BIN)/python -m carma_lib run --profile $(PROFILE) --resume $(ARGS)
+
+install: $(BIN)/.installed
+
+# A CPU build of torch comes first where none is there: the newest one from the index would bring gigabytes of CUDA.
+$(BIN)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+bench: install
+	$(BIN)/python benchmarks/step.py $(ARGS)
+
+clean:
+	rm -rf runs build dist .pytest_cache
+	find carma_lib tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
