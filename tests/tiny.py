@@ -1,0 +1,1 @@
+"""Tiny random models of every supported family and tokenizers trained on the spot, for tests."""
