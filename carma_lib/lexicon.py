@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 DEBIAN_FOLDER = Path("/usr/share/wordnet")
 DOWNLOAD_TIMEOUT = 15  # seconds
+AGREEMENT = 0.4  # how sure it must be that two words mean the same, see `synonyms`
+TAGS = {"n": ("NN", "NNS"), "v": ("VB", "VBP", "VBZ", "VBD", "VBN", "VBG"), "a": ("JJ", "JJR", "JJS"),
+        "r": ("RB", "RBR", "RBS")}
 
 # The table `lexnames` of WordNet 3.0, which Debian leaves out: file numbers 00 to 44 in this order.
 LEXICOGRAPHER_FILES = (
@@ -121,3 +124,112 @@ def definition_pairs() -> pandas.DataFrame:
     rows = [(lemma.name(), synset.name(), synset.pos(), synset.definition(), counts.get(lemma.key(), 0))
             for synset in wordnet().all_synsets() for lemma in synset.lemmas()]
     return pandas.DataFrame(rows, columns=["lemma", "synset", "part_of_speech", "definition", "count"])
+
+
+@lru_cache(maxsize=None)
+def sense_shares(word: str, part_of_speech: str) -> dict[str, float]:
+    """Synset name → share of the word's uses in that sense: (count + 1) / (all counts + number of senses).
+
+    The ones added keep a word that was tagged once or twice from looking certain, and give the senses of a
+    word that was never tagged equal shares. Empty for a word that WordNet does not have as this part of speech.
+    """
+    counts = {}
+    for synset in wordnet().synsets(word, part_of_speech):
+        for lemma in synset.lemmas():
+            if lemma.name() == word:
+                counts[synset.name()] = sense_counts().get(lemma.key(), 0)
+    total = sum(counts.values()) + len(counts)
+    return {synset: (count + 1) / total for synset, count in counts.items()}
+
+
+@lru_cache(maxsize=None)
+def synonyms(word: str, part_of_speech: str) -> tuple[str, ...]:
+    """Lemmas that mean the same as the lemma `word` in most uses of both; single words without hyphens.
+
+    Two words share the senses (synsets) that hold both. With p(s | w) of `sense_shares`, a candidate c stays if
+
+        Σ_s p(s | word) · Σ_s p(s | c) ≥ AGREEMENT,  s over the shared senses,
+
+    so neither word is likely to be read in another sense ("act" is no synonym of "move", though they share one),
+    if it was tagged at least once in a shared sense (no word that hardly anybody uses), and if, as a verb, it
+    takes every sentence frame that the word takes there. Best first. Source: DESIGN, Traps already met.
+    """
+    own = sense_shares(word, part_of_speech)
+    shared: dict[str, list[str]] = {}
+    for name in own:
+        synset = wordnet().synset(name)
+        lemmas = {lemma.name(): lemma for lemma in synset.lemmas()}
+        for candidate, lemma in lemmas.items():
+            if candidate != word and candidate.isalpha() and candidate.islower() \
+                    and sense_counts().get(lemma.key(), 0) > 0 and _fits(lemma, lemmas[word]):
+                shared.setdefault(candidate, []).append(name)
+    agreement = {}
+    for candidate, names in shared.items():
+        other = sense_shares(candidate, part_of_speech)
+        agreement[candidate] = sum(own[name] for name in names) * sum(other[name] for name in names)
+    kept = [candidate for candidate in shared if agreement[candidate] >= AGREEMENT]
+    return tuple(sorted(kept, key=lambda candidate: (-agreement[candidate], candidate)))
+
+
+def _fits(candidate, lemma) -> bool:
+    """Whether a lemma can stand where another of its synset stands: verb frames, before or after the noun."""
+    return (set(lemma.frame_ids()) <= set(candidate.frame_ids())
+            and candidate.syntactic_marker() == lemma.syntactic_marker())
+
+
+def part_of_speech_of(tag: str) -> str | None:
+    """WordNet's letter for a Penn tag, None for tags of names and of function words."""
+    if tag.startswith("NNP"):
+        return None
+    return {"NN": "n", "VB": "v", "JJ": "a", "RB": "r"}.get(tag[:2])
+
+
+@lru_cache(maxsize=None)
+def lemmas_of(form: str, part_of_speech: str) -> tuple[str, ...]:
+    """The dictionary's lemmas of a lower-case form; ("act",) for "acted" as "v". Empty if unknown."""
+    from lemminflect import getAllLemmas
+
+    universal = {"n": "NOUN", "v": "VERB", "a": "ADJ", "r": "ADV"}[part_of_speech]
+    return getAllLemmas(form, universal).get(universal, ())
+
+
+@lru_cache(maxsize=None)
+def inflections(lemma: str, tag: str) -> tuple[str, ...]:
+    """The lemma's forms for a Penn tag, usual one first: ("dogs", "dog") for "dog", "NNS". Empty if unknown."""
+    from lemminflect import getInflection
+
+    return tuple(getInflection(lemma, tag, inflect_oov=False))
+
+
+def inflect(lemma: str, tag: str) -> str | None:
+    """The lemma's usual one-word form for a Penn tag ("hounds" for "hound", "NNS"), None if there is none."""
+    forms = inflections(lemma, tag)
+    return forms[0] if forms and forms[0].isalpha() else None
+
+
+@lru_cache(maxsize=None)
+def synonym_forms(form: str, tag: str) -> tuple[str, ...]:
+    """Forms that can stand for a lower-case word form with this Penn tag: `synonyms`, inflected alike.
+
+    A form that serves several tags ("started": past and participle) takes only candidates that have one form
+    for all of them, since taggers often mistake one for the other. Empty if there are none.
+    """
+    part_of_speech = part_of_speech_of(tag)
+    if part_of_speech is None:
+        return ()
+    forms: dict[str, None] = {}
+    for lemma in lemmas_of(form, part_of_speech):
+        tags = [other for other in TAGS[part_of_speech] if form in inflections(lemma, other)]
+        if tag not in tags:
+            continue
+        for candidate in synonyms(lemma, part_of_speech):
+            inflected = {inflect(candidate, other) for other in tags}
+            if len(inflected) == 1:
+                forms.update(dict.fromkeys(inflected - {None, form}))
+    return tuple(forms)
+
+
+@lru_cache(maxsize=1)
+def multiword_lemmas() -> frozenset[str]:
+    """WordNet's lemmas of several words, joined by underscores ("hot_dog", "end_up")."""
+    return frozenset(name for name in wordnet().all_lemma_names() if "_" in name)

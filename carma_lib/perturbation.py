@@ -1,0 +1,297 @@
+"""Seeded synonym replacement that reports what it changed.
+
+A *content word* is a noun, verb, adjective or adverb by its tag in context that is neither a function word,
+nor a name, nor a number. At a rate, round(rate × content words) replacements are requested (halves upwards)
+and as many are made as there are words with a candidate, so `made <= requested`. Which words change, and to
+what, is drawn from a hash of (seed, item, word): the same on every machine, independent of other items, and
+nested, so that what changes at 25 % changes at 40 % in the same way.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
+
+from carma_lib.lexicon import (
+    lemmas_of, multiword_lemmas, part_of_speech_of, sense_counts, synonym_forms, wordnet)
+
+RULES = 1  # part of every cache key: raise it with any change of what is replaced by what
+
+Source = Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
+"""Where candidates come from: lower-case form → forms that can stand for it, or (form, Penn tag) → forms."""
+
+# "n't" and "'s" are words of their own, hyphenated compounds are one word.
+TOKEN = re.compile(r"n['’]t\b|['’](?:s|re|ve|ll|d|m)\b|\w+?(?=n['’]t\b)|\w+(?:-\w+)*|[^\w\s]", re.IGNORECASE)
+ARTICLES = frozenset(["a", "an"])
+SENTENCE_END = frozenset(".!?")
+# Words that the tagger calls nouns, verbs, adjectives or adverbs, but that carry grammar rather than content.
+FUNCTION_WORDS = frozenset(
+    "be am is are was were been being have has had having do does did done doing get gets got let lets s t d "
+    "not no never so very too as more most less least much many few such own same other another only just even "
+    "still yet then there here now how why when where ever however else almost also well rather quite about "
+    "one ones thing things something nothing anything everything someone anyone everyone lot bit kind sort".split())
+# Vowel sound: a written vowel or silent h, unless it is read "you" or "w" (a unique, a European, a one-off).
+VOWEL_SOUND = re.compile(r"(?!uni(?!n|m)|u[bst][aeiou]|uk|eu|ewe|one\b|once)[aeiou]|(?:hon(?:est|or|our)|hour|heir)",
+                         re.IGNORECASE)
+
+
+class Word(NamedTuple):
+    """A word of a text: its characters [start, end), its form as written and its Penn tag in context."""
+    start: int
+    end: int
+    form: str
+    tag: str
+
+
+class Change(NamedTuple):
+    """Characters [start, end) of the original text, what stood there and what stands there now."""
+    start: int
+    end: int
+    before: str
+    after: str
+
+
+class _TextAndChanges(NamedTuple):
+    text: str
+    changes: tuple[Change, ...]
+
+
+class Replacement(_TextAndChanges):
+    """A named tuple (text, changes): the changed text, and its changes in order of place.
+
+    A changed article (a, an) is a change of its own. Besides: `requested`, how many words the rate asked for,
+    and `made`, how many were replaced; `made < requested` where too few words have a candidate.
+    """
+
+    def __new__(cls, text: str, changes: Iterable[Change], requested: int) -> Replacement:
+        self = super().__new__(cls, text, tuple(changes))
+        self.requested = requested
+        return self
+
+    @property
+    def made(self) -> int:
+        return sum(change.before.lower() not in ARTICLES for change in self.changes)
+
+
+def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int] | None = None,
+                     item_id: str | None = None, forbidden: str | Sequence[str] = (),
+                     source: Source = synonym_forms) -> Replacement:
+    """Replace a share of a text's content words by synonyms.
+
+    text: any text; one without content words or candidates comes back as it is, with no changes.
+    rate: share of content words in `span` to replace, from 0 to 1.
+    seed, item_id: what the draw depends on; the item is the text itself if no item_id is given.
+    span: characters [start, end) that may change, all of the text if None; words across its edge stay.
+    forbidden: words (targets) that are not introduced in any of their forms.
+    source: where candidates come from, WordNet by default; a dict from lower-case forms to forms is taken
+        as it is, whatever the tag.
+
+    Raises ValueError for a rate outside [0, 1] or a span outside the text.
+    """
+    _check_rate(rate)
+    span = _check_span(text, span)
+    item = text if item_id is None else item_id
+    refused = _families([forbidden] if isinstance(forbidden, str) else forbidden)
+    words = tagged_words(text)
+    inside = [i for i, word in enumerate(words) if span[0] <= word.start and word.end <= span[1]]
+    content = [i for i in inside if is_content(words[i]) or _listed(words[i], source)]
+    requested = int(rate * len(content) + 0.5)
+
+    protected = _collocated(words) if source is synonym_forms else frozenset()
+    replacements = {}
+    for i in content:
+        article = _article_before(text, words, i)
+        candidates = [] if i in protected else _candidates(words[i], source, refused)
+        if article and article.start < span[0]:  # it cannot be put right
+            candidates = [form for form in candidates if _indefinite_article(form) == article.form.lower()]
+        if candidates:
+            replacements[i] = candidates[_draw(seed, item, words[i].form.lower()) % len(candidates)]
+    chosen = sorted(replacements, key=lambda i: _draw(seed, item, words[i].start))[:requested]
+
+    changes = []
+    for i in sorted(chosen):
+        article, after = _article_before(text, words, i), replacements[i]
+        if article and article.form.lower() != _indefinite_article(after):
+            changes.append(_change(article, _indefinite_article(after)))
+        changes.append(_change(words[i], after))
+    return Replacement(_apply(text, changes), changes, requested)
+
+
+def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Sequence[str] | None = None,
+                spans: Sequence[tuple[int, int] | None] | None = None,
+                forbidden: Sequence[str | Sequence[str]] | None = None, source: Source = synonym_forms,
+                cache_dir: str | Path | None = None) -> list[Replacement]:
+    """`replace_synonyms` of every text, with a progress bar after two seconds and an optional cache on disk.
+
+    item_ids, spans, forbidden: one an item, in the order of texts; None as for `replace_synonyms`.
+    cache_dir: folder of results, found again by the content of all arguments, the rules and the versions of
+        the dictionaries; a damaged file is made again. None: no cache.
+
+    Raises ValueError for lists of unequal length, or for a cache of a source that is a function of one's own,
+    whose content cannot be told.
+    """
+    from tqdm import tqdm
+
+    _check_rate(rate)
+    columns = [texts, item_ids or texts, spans or [None] * len(texts), forbidden or [()] * len(texts)]
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError("texts, item_ids, spans and forbidden must be of one length, got "
+                         + ", ".join(str(len(column)) for column in columns))
+    path = Path(cache_dir) / f"{_cache_key(columns, rate, seed, source)}.jsonl" if cache_dir else None
+    cached = _read_cache(path, texts) if path else None
+    if cached is not None:
+        return cached
+    replacements = [
+        replace_synonyms(text, rate=rate, seed=seed, span=span, item_id=item_id, forbidden=words, source=source)
+        for text, item_id, span, words in tqdm(zip(*columns), total=len(texts), desc="replacing", delay=2)]
+    if path:
+        _write_cache(path, replacements)
+    return replacements
+
+
+def _cache_key(columns: Sequence[Sequence], rate: float, seed: int, source: Source) -> str:
+    if isinstance(source, Mapping):
+        name = {form: list(source[form]) for form in sorted(source)}
+    elif source is synonym_forms:
+        name = ["wordnet", wordnet().get_version(), len(sense_counts()), version("lemminflect")]
+    else:
+        raise ValueError("a cache needs the default source or a dict; call without cache_dir for your own function")
+    parts = [RULES, version("textblob"), name, float(rate), seed, *map(list, columns)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _read_cache(path: Path, texts: Sequence[str]) -> list[Replacement] | None:
+    """The replacements of a whole file; None if there is none, or if it is cut short or damaged."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [Replacement(row["text"], (Change(*change) for change in row["changes"]), row["requested"])
+                 for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if len(found) == len(texts) else None
+
+
+def _write_cache(path: Path, replacements: Sequence[Replacement]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"text": done.text, "changes": done.changes, "requested": done.requested})
+             for done in replacements)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.writelines(line + "\n" for line in lines)
+    os.replace(file.name, path)
+
+
+def is_content(word: Word) -> bool:
+    """Whether a word counts for the rate: by its tag, and neither function word, nor name, nor number."""
+    return (part_of_speech_of(word.tag) is not None and word.form.lower() not in FUNCTION_WORDS
+            and not any(character.isdigit() for character in word.form))
+
+
+@lru_cache(maxsize=8192)
+def tagged_words(text: str) -> tuple[Word, ...]:
+    """The words and punctuation marks of a text with their Penn tags in context (TextBlob's PatternTagger).
+
+    A capitalised word is tagged as a name (NNP) unless it opens a sentence and no capital follows it.
+    """
+    tokens = [match.span() for match in TOKEN.finditer(text)]
+    if not tokens:
+        return ()
+    forms = [text[start:end] for start, end in tokens]
+    lines = "".join(form + ("\n" if form in SENTENCE_END else " ") for form in forms).strip()
+    tags = [tag for _, tag in _tagger().tag(lines, tokenize=False)]
+    opening, words = True, []
+    for k, ((start, end), form, tag) in enumerate(zip(tokens, forms, tags, strict=True)):
+        followed = k + 1 < len(forms) and forms[k + 1][0].isupper()
+        if form[0].isupper() and (not opening or followed or form[1:] != form[1:].lower()):
+            tag = "NNP"
+        words.append(Word(start, end, form, tag))
+        opening = form in SENTENCE_END or (opening and not form[0].isalnum())
+    return tuple(words)
+
+
+@lru_cache(maxsize=1)
+def _tagger():
+    from textblob.en.taggers import PatternTagger
+
+    return PatternTagger()
+
+
+def _check_rate(rate: float) -> None:
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate must lie between 0 and 1 (0.25 replaces a quarter of the content words), got {rate}")
+
+
+def _check_span(text: str, span: tuple[int, int] | None) -> tuple[int, int]:
+    if span is None:
+        return 0, len(text)
+    if not 0 <= span[0] <= span[1] <= len(text):
+        raise ValueError(f"span {tuple(span)} lies outside the text of {len(text)} characters")
+    return tuple(span)
+
+
+def _draw(seed: int, item: str, what: object) -> int:
+    key = json.dumps([seed, item, what]).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+
+
+def _listed(word: Word, source: Source) -> bool:
+    return isinstance(source, Mapping) and word.form.lower() in source and not word.tag.startswith("NNP")
+
+
+def _candidates(word: Word, source: Source, refused: frozenset[str]) -> list[str]:
+    form = word.form.lower()
+    found = source.get(form, ()) if isinstance(source, Mapping) else source(form, word.tag)
+    return [other for other in found if other != form and not refused & _families([other])]
+
+
+def _families(words: Iterable[str]) -> frozenset[str]:
+    """The words, in lower case and split at spaces and hyphens, and every lemma they may be a form of."""
+    parts = [part for word in words for part in re.split(r"[\W_]+", word.lower()) if part]
+    return frozenset(parts).union(*(lemmas_of(part, letter) for part in parts for letter in "nvar"))
+
+
+def _collocated(words: Sequence[Word]) -> frozenset[int]:
+    """Places of the words that stand in an expression of several words that WordNet knows (hot dog, end up)."""
+    known, places = multiword_lemmas(), set()
+    forms = [word.form.lower() for word in words]
+    for first in range(len(words)):
+        for last in range(first + 1, min(first + 4, len(words))):
+            window = words[first:last + 1]
+            ways = ["_".join(forms[first:last + 1])]
+            ways += ["_".join([lemma, *forms[first + 1:last + 1]]) for lemma in _lemmas(window[0])]
+            ways += ["_".join([*forms[first:last], lemma]) for lemma in _lemmas(window[-1])]
+            if any(way in known for way in ways):
+                places.update(range(first, last + 1))
+    return frozenset(places)
+
+
+def _lemmas(word: Word) -> tuple[str, ...]:
+    letter = part_of_speech_of(word.tag)
+    return lemmas_of(word.form.lower(), letter) if letter else ()
+
+
+def _article_before(text: str, words: Sequence[Word], i: int) -> Word | None:
+    if i and words[i - 1].form.lower() in ARTICLES and text[words[i - 1].end:words[i].start].isspace():
+        return words[i - 1]
+    return None
+
+
+def _indefinite_article(word: str) -> str:
+    return "an" if VOWEL_SOUND.match(word) else "a"
+
+
+def _change(word: Word, after: str) -> Change:
+    return Change(word.start, word.end, word.form, after[0].upper() + after[1:] if word.form[0].isupper() else after)
+
+
+def _apply(text: str, changes: Sequence[Change]) -> str:
+    pieces, end = [], 0
+    for change in changes:
+        pieces += [text[end:change.start], change.after]
+        end = change.end
+    return "".join(pieces) + text[end:]
