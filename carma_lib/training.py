@@ -1,0 +1,258 @@
+"""`CarmaTrainer`: the Hugging Face Trainer with CARMA's two terms; with λ = 0 it is plain fine-tuning."""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from .collation import Collator
+from .losses import CarmaConfig, CarmaLoss, CarmaTerms
+
+LOGGED = ("task_loss", "mutual_information", "stability")
+
+
+def single_target_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """`accuracy` and `task_loss`, means over rows, from (predicted ids, cross-entropies) and target ids."""
+    predicted, losses = prediction.predictions
+    return {"accuracy": float(np.mean(predicted == prediction.label_ids)), "task_loss": float(np.mean(losses))}
+
+
+class CarmaTrainer(Trainer):
+    """Fine-tune a causal language model with L = (1 − λ) L_task + λ (γ L_MI + η L_stability).
+
+    Batches hold `input_ids`, `attention_mask`, `constituent_ids` (needed while training with λ > 0), and either
+    `target_ids` (batch,), with L_task the cross-entropy of that one token at the last position of a batch padded
+    on the left, or `labels` (batch, tokens), with L_task the model's own shifted language-model loss;
+    `carma_lib.collation` makes both. The terms are means over a micro-batch: neither accumulation nor the number
+    of processes changes their scale. Logs add `task_loss`, `mutual_information`, `stability` and `weighted_…`,
+    the shares that add up to `loss`. Evaluation adds `task_loss` and `accuracy` for single-target rows, so
+    `metric_for_best_model="accuracy"` works, and computes no CARMA term.
+
+    Args:
+        model: any causal language model of transformers, plain or wrapped by peft.
+        args: as for Trainer; `remove_unused_columns` is set to False.
+        carma: the terms, or None for plain fine-tuning.
+        data_collator: `Collator(processing_class)` if None.
+        train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers: as for Trainer.
+
+    Raises:
+        TypeError: the model is an encoder, or its decoder blocks cannot be found.
+        ValueError: layers that do not exist, several GPUs in one process, a batch without `constituent_ids`, a
+            single-target batch padded on the right, NaN or infinity in the loss.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: TrainingArguments,
+        *,
+        carma: CarmaConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+    ) -> None:
+        blocks = decoder_blocks(model)
+        self.carma = carma or CarmaConfig(carma_weight=0)
+        self.carma.check_depth(len(blocks))
+        if self.carma.layers and args.n_gpu > 1:
+            raise ValueError("several GPUs in one process are not supported: start one process a GPU with torchrun")
+        if data_collator is None:
+            if processing_class is None:
+                raise ValueError("pass the tokenizer as processing_class, or a data_collator")
+            data_collator = Collator(processing_class)
+        args.remove_unused_columns = False
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            processing_class=processing_class, data_collator=data_collator,
+            compute_metrics=compute_metrics or single_target_metrics, callbacks=callbacks, optimizers=optimizers,
+        )
+        self._carma_loss = CarmaLoss(self.carma)
+        self._kept = KeptHiddenStates(blocks, self.carma.layers)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(_language_model(model).forward).parameters
+        self._negatives = torch.Generator(args.device)
+        self._micro_step = (-1, 0)
+        self._reset_tally()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch=None
+    ):
+        inputs = dict(inputs)
+        constituent_ids = inputs.pop("constituent_ids", None)
+        regularised = model.training and bool(self.carma.layers)
+        if regularised and constituent_ids is None:
+            raise ValueError("carma_weight > 0 needs constituent_ids in every batch: see carma_lib.collation.encode")
+        with self._kept.during(regularised):
+            task_loss, outputs = self._task_loss(model, inputs, num_items_in_batch)
+        loss = task_loss
+        if regularised:
+            attention_mask = inputs.get("attention_mask", torch.ones_like(constituent_ids))
+            states = self._kept.take(constituent_ids.size(1))
+            terms = self._carma_loss(states, constituent_ids, attention_mask, generator=self._seeded_generator())
+            # Trainer divides a loss by the number of micro-batches, unless num_items_in_batch has normalised it.
+            share = 1 / self.current_gradient_accumulation_steps
+            normalised = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            weight = self.carma.carma_weight
+            loss = (1 - weight) * task_loss + weight * terms.total * (share if normalised else 1)
+            self._add_to_tally(task_loss / share if normalised else task_loss, terms, share)
+        self._check(loss, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys=None):
+        """As in Trainer; for single-target rows the predictions are (predicted ids, cross-entropies), never logits."""
+        if "target_ids" not in inputs:
+            loss_only = prediction_loss_only or self.compute_metrics is single_target_metrics
+            return super().prediction_step(model, inputs, loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        logits = outputs.logits[:, -1].float()
+        losses = F.cross_entropy(logits, inputs["target_ids"], reduction="none")
+        return loss, (logits.argmax(-1), losses), inputs["target_ids"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms, averaged over the steps since the last log and over processes, to the training logs."""
+        if "loss" in logs and self._tallied_steps:
+            sums = self.accelerator.reduce(self._tally, reduction="mean").tolist()
+            means = {name: value / self._tallied_steps for name, value in zip(LOGGED, sums)}
+            carma = self.carma
+            weights = {
+                "task_loss": 1 - carma.carma_weight,
+                "mutual_information": carma.carma_weight * carma.mi_weight,
+                "stability": carma.carma_weight * carma.stability_weight,
+            }
+            shown = {name: value for name, value in means.items() if name == "task_loss" or weights[name]}
+            logs |= shown | {f"weighted_{name}": weights[name] * value for name, value in shown.items()}
+            self._reset_tally()
+        super().log(logs, start_time)
+
+    def _task_loss(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch):
+        if "target_ids" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        forward = {name: value for name, value in inputs.items() if name != "target_ids"}
+        if self._keeps_logits:
+            forward["logits_to_keep"] = 1
+        outputs = model(**forward, use_cache=False)
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        logits = outputs.logits[:, -1].float()
+        return F.cross_entropy(logits, inputs["target_ids"], label_smoothing=smoothing), outputs
+
+    def _check(self, loss: Tensor, inputs: dict[str, Tensor]) -> None:
+        """Both checks in one transfer from the device, before the backward pass."""
+        finite = torch.isfinite(loss.detach())
+        ends_real = torch.ones_like(finite)
+        if "target_ids" in inputs and "attention_mask" in inputs:
+            ends_real = inputs["attention_mask"][:, -1].all()
+        finite, ends_real = torch.stack([finite, ends_real]).tolist()
+        if not ends_real:
+            raise ValueError("single-target batches must be padded on the left: use carma_lib.collation.Collator")
+        if not finite:
+            raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step}: lower the learning rate")
+
+    def _seeded_generator(self) -> torch.Generator:
+        """Negatives depend on seed, step, micro-batch and process alone, so a resumed run draws the same ones."""
+        step = self.state.global_step
+        self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
+        words = np.random.SeedSequence((self.args.seed, *self._micro_step, self.args.process_index)).generate_state(2)
+        return self._negatives.manual_seed((int(words[0]) << 31) ^ int(words[1]))
+
+    def _add_to_tally(self, task_loss: Tensor, terms: CarmaTerms, share: float) -> None:
+        values = torch.stack([task_loss, terms.mutual_information, terms.stability]).detach()
+        self._tally = self._tally + share * values
+        self._tallied_steps += share
+
+    def _reset_tally(self) -> None:
+        self._tally, self._tallied_steps = 0.0, 0.0
+
+
+class KeptHiddenStates:
+    """Keeps the outputs of the blocks named by `layers` while a forward pass runs, and of no others.
+
+    A block's output is read where it enters the next block, outside any checkpointed region, so it has its
+    gradient under both kinds of gradient checkpointing; the last block's is read where it leaves.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, layers: tuple[int, ...]) -> None:
+        self._num_layers = len(blocks)
+        self._kept: dict[int, Tensor] = {}
+        self._keeping = False
+        for layer in layers:
+            if layer + 1 < len(blocks):
+                blocks[layer + 1].register_forward_pre_hook(partial(self._keep_input, layer), with_kwargs=True)
+            else:
+                blocks[layer].register_forward_hook(partial(self._keep_output, layer))
+
+    @contextmanager
+    def during(self, keeping: bool):
+        """Keep within this context, unless told not to; recomputations in the backward pass come after it."""
+        self._kept.clear()
+        self._keeping = keeping
+        try:
+            yield
+        finally:
+            self._keeping = False
+
+    def take(self, num_tokens: int) -> tuple[Tensor | None, ...]:
+        """The kept outputs in the order of a model's `hidden_states` (embeddings first), None elsewhere.
+
+        Virtual tokens that peft puts before the text are cut off: the last `num_tokens` positions remain.
+        """
+        kept, self._kept = self._kept, {}
+        if torch.is_grad_enabled() and not kept[max(kept)].requires_grad:
+            raise ValueError(
+                f"the output of block {max(kept)} has no gradient, CARMA could train nothing: unfreeze parameters up to "
+                "there, or set gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        states = {layer: state[:, -num_tokens:] for layer, state in kept.items()}
+        return (None, *(states.get(layer) for layer in range(self._num_layers)))
+
+    def _keep_input(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._keeping:
+            self._kept[layer] = args[0] if args else kwargs["hidden_states"]
+
+    def _keep_output(self, layer: int, module: nn.Module, args: tuple, output) -> None:
+        if self._keeping:
+            self._kept[layer] = output[0] if isinstance(output, tuple) else output
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks of a causal language model, plain or wrapped (peft, DDP, torch.compile), in order.
+
+    Raises:
+        TypeError: an encoder, an encoder-decoder, or a model whose blocks cannot be found.
+    """
+    language_model = _language_model(model)
+    config = getattr(language_model, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False) or _is_encoder(language_model):
+        raise TypeError(f"{type(language_model).__name__} is no decoder-only language model: load AutoModelForCausalLM")
+    depth = config.get_text_config().num_hidden_layers
+    for module in language_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise TypeError(f"{type(language_model).__name__} has no list of {depth} decoder blocks to read hidden states from")
+
+
+def _language_model(model: nn.Module) -> nn.Module:
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _is_encoder(model: nn.Module) -> bool:
+    """Models of a family that fills masks attend in both directions, unless told to be a decoder."""
+    family = model.config.model_type
+    decodes = getattr(model.config, "is_decoder", False) or family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return not (decodes and model.can_generate())
