@@ -1,0 +1,85 @@
+"""WordNet 3.0 as inverse dictionary: definition → headword.
+
+Every (lemma, synset) pair is enumerated, then filtered, with the count after each filter. Three splits of
+80/10/10: by row (published; a headword or a definition can stand on both sides), by synset (default here:
+no definition on both sides), by headword (no target on both sides).
+"""
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from carma_lib import lexicon
+from carma_lib.tasks.schema import DataNotFound, TaskRows
+
+SPLIT_KEYS = {"row": None, "synset": "definition", "headword": "lemma"}
+MIN_WORDS, MAX_WORDS = 3, 40
+
+
+def _filters() -> list[tuple[str, Callable[[pd.DataFrame], pd.Series]]]:
+    return [
+        ("headword of lower-case letters only (no phrases, hyphens, names, numbers)",
+         lambda pairs: pairs["lemma"].str.fullmatch(r"[a-z]+")),
+        ("headword of two letters or more", lambda pairs: pairs["lemma"].str.len() >= 2),
+        (f"definition of {MIN_WORDS} to {MAX_WORDS} words",
+         lambda pairs: pairs["definition"].str.split().str.len().between(MIN_WORDS, MAX_WORDS)),
+        ("headword not in its own definition", lambda pairs: pd.Series(
+            [lemma not in _words(definition) for lemma, definition in zip(pairs["lemma"], pairs["definition"])],
+            index=pairs.index)),
+        ("no pair of headword and definition twice", lambda pairs: ~pairs.duplicated(["lemma", "definition"])),
+    ]
+
+
+def _words(text: str) -> set[str]:
+    return set("".join(letter if letter.isalpha() else " " for letter in text.lower()).split())
+
+
+def filtered_pairs() -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """The pairs that pass every filter, and the count after each one. `DataNotFound` without WordNet."""
+    try:
+        pairs = lexicon.definition_pairs()
+    except lexicon.WordNetNotFound as error:
+        raise DataNotFound(str(error)) from error
+    pairs["definition"] = pairs["definition"].str.strip()
+    counts = [{"filter": "all (lemma, synset) pairs", "pairs": len(pairs)}]
+    for name, keeps in _filters():
+        pairs = pairs[keeps(pairs)]
+        counts.append({"filter": name, "pairs": len(pairs)})
+    return pairs.reset_index(drop=True), counts
+
+
+def split_groups(groups: list[str], seed: int) -> dict[str, str]:
+    """Each distinct group → its split, 80/10/10 by a seeded shuffle of the groups in sorted order."""
+    names = sorted(set(groups))
+    random.Random(seed).shuffle(names)
+    first, second = int(0.8 * len(names)), int(0.9 * len(names))
+    return {name: "train" if place < first else "validation" if place < second else "test"
+            for place, name in enumerate(names)}
+
+
+def build_rows(*, seed: int, split_by: str) -> TaskRows:
+    """WordNet as rows. `ValueError` for an unknown `split_by`, `DataNotFound` without WordNet."""
+    if split_by not in SPLIT_KEYS:
+        raise ValueError(f"unknown split '{split_by}'; WordNet is split by {', '.join(SPLIT_KEYS)}")
+    pairs, counts = filtered_pairs()
+    key = SPLIT_KEYS[split_by]
+    identifiers = pairs["synset"] + "/" + pairs["lemma"]
+    groups = list(pairs[key] if key else identifiers)
+    split_of = split_groups(groups, seed)
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
+    for identifier, text, target, group in zip(identifiers, pairs["definition"], pairs["lemma"], groups):
+        splits[split_of[group]].append(
+            {"item_id": f"wordnet/{identifier}", "text": text, "target": target, "phrases": [], "group": group})
+    return TaskRows(splits, source="WordNet 3.0, Princeton University",
+                    licence="WordNet 3.0 licence (free use with the notice kept)",
+                    facts={"filters": counts, "shared_between_train_and_test": _shared(splits)})
+
+
+def _shared(splits: dict[str, list[dict[str, Any]]]) -> dict[str, int]:
+    """How many test rows have a definition, or a headword, that stands in train too."""
+    seen = {column: {row[column] for row in splits["train"]} for column in ("text", "target")}
+    return {name: sum(row[column] in seen[column] for row in splits["test"])
+            for name, column in (("definitions", "text"), ("headwords", "target"))}
