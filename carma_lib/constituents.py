@@ -29,6 +29,8 @@ def phrase_spans(text: str) -> list[Span]:
     from textblob.en.taggers import PatternTagger  # slow to import, and only needed here
 
     words = word_spans(text)
+    if not words:
+        return []
     tagged = PatternTagger().tag(" ".join(text[start:end] for start, end in words), tokenize=False)
     if len(tagged) != len(words):
         raise ValueError(f"the tagger read {len(tagged)} words where the text has {len(words)}: {text!r}")

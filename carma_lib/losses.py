@@ -256,7 +256,8 @@ def _real_states(hidden_states, attention_mask, constituent_ids=None) -> Tensor:
         if tensor is not None and tensor.is_floating_point():
             raise ValueError(f"{name} must hold integers or booleans, got {tensor.dtype}")
     dtype = torch.promote_types(layers[0].dtype, torch.float32)
-    states = torch.stack(layers).to(dtype).masked_fill_(~attention_mask.bool()[None, :, :, None], 0)
+    with torch.autocast(layers[0].device.type, enabled=False):
+        states = torch.stack(layers).to(dtype).masked_fill_(~attention_mask.bool()[None, :, :, None], 0)
     _check_values(states, constituent_ids)
     return states
 

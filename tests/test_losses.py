@@ -1,0 +1,340 @@
+"""The terms against a restatement with plain loops, their properties, and every bad input at the door."""
+import math
+
+import pytest
+import torch
+
+from carma_lib.losses import CarmaConfig, CarmaLoss, mutual_information_loss, sample_negatives, stability_loss
+
+
+def naive_mutual_information(states, ids, mask, temperature, similarity, negatives_of):
+    """The formula, pair by pair; `negatives_of(row, anchor)` gives the negatives' positions."""
+    layer_means = []
+    for layer in states:
+        costs = []
+        for row in range(ids.shape[0]):
+            real = [t for t in range(ids.shape[1]) if mask[row, t]]
+
+            def score(a, b):
+                x, y = layer[row, a], layer[row, b]
+                product = (x * y).sum()
+                return (product / (x.norm() * y.norm()) if similarity == "cosine" else product) / temperature
+
+            for i in real:
+                for j in real:
+                    if i < j and ids[row, i] >= 0 and ids[row, i] == ids[row, j]:
+                        positive = score(i, j).exp()
+                        rest = sum((score(i, n).exp() for n in negatives_of(row, i)), torch.zeros(()))
+                        costs.append(-(positive / (positive + rest)).log())
+        layer_means.append(sum(costs) / len(costs) if costs else layer.sum() * 0)
+    return sum(layer_means) / len(layer_means)
+
+
+def naive_stability(states, mask):
+    total = 0
+    for before, after in zip(states, states[1:]):
+        moved, size_before, size_after, values = 0, 0, 0, 0
+        for row in range(mask.shape[0]):
+            for t in range(mask.shape[1]):
+                if mask[row, t]:
+                    moved = moved + ((after[row, t] - before[row, t]) ** 2).sum()
+                    size_before = size_before + (before[row, t] ** 2).sum()
+                    size_after = size_after + (after[row, t] ** 2).sum()
+                    values += before.shape[-1]
+        total = total + (moved / values) / (size_before / values + size_after / values + 1e-8)
+    return total
+
+
+def random_case(seed, layers=None, dtype=torch.float64):
+    """Random sizes, padding on either side, constituents that need not be contiguous."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    layers = layers or number(1, 3)
+    rows, tokens, width = number(1, 4), number(1, 9), number(2, 6)
+    states = torch.randn(layers, rows, tokens, width, generator=generator, dtype=dtype).requires_grad_()
+    ids = torch.randint(-1, 4, (rows, tokens), generator=generator)
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    for row in range(rows):
+        padding = number(0, tokens - 1)
+        if number(0, 1):
+            mask[row, :padding] = 0
+        else:
+            mask[row, tokens - padding:] = 0
+    return states, ids, mask
+
+
+def value_and_gradient(loss, states):
+    (gradient,) = torch.autograd.grad(loss, states)
+    return loss.detach(), gradient
+
+
+def eligible_negatives(ids, mask):
+    real = mask.bool()
+    return (ids[:, :, None] != ids[:, None, :]) & (ids[:, :, None] >= 0) & real[:, :, None] & real[:, None, :]
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("num_negatives", [None, 1, 3])
+def test_mutual_information_equals_the_formula(similarity, num_negatives):
+    for seed in range(50):
+        states, ids, mask = random_case(seed)
+        chosen = eligible_negatives(ids, mask)
+        if num_negatives:
+            chosen = sample_negatives(chosen, num_negatives, torch.Generator().manual_seed(seed))
+        fast = mutual_information_loss(
+            states, ids, mask, temperature=0.5, num_negatives=num_negatives, similarity=similarity,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        slow = naive_mutual_information(
+            states, ids, mask, 0.5, similarity, lambda row, i: chosen[row, i].nonzero().flatten().tolist()
+        )
+        for ours, formula in zip(value_and_gradient(fast, states), value_and_gradient(slow, states)):
+            torch.testing.assert_close(ours, formula, rtol=1e-6, atol=1e-9, msg=f"case {seed}")
+
+
+def test_stability_equals_the_formula():
+    for seed in range(100):
+        states, _, mask = random_case(seed, layers=2 + seed % 3)
+        slow = value_and_gradient(naive_stability(states, mask), states)
+        for ours, formula in zip(value_and_gradient(stability_loss(states, mask), states), slow):
+            torch.testing.assert_close(ours, formula, rtol=1e-6, atol=1e-9, msg=f"case {seed}")
+        mean = stability_loss(states, mask, reduction="mean")
+        torch.testing.assert_close(mean * (len(states) - 1), slow[0])
+
+
+def test_padding_has_no_gradient_and_may_hold_anything():
+    states, ids, mask = random_case(3, layers=3)
+    ids[0, mask[0] == 1] = 0
+    padded = torch.cat([torch.full_like(states[:, :, :2], float("nan")), states], 2).detach().requires_grad_()
+    more_ids = torch.cat([torch.zeros_like(ids[:, :1]).expand(-1, 2), ids], 1)
+    more_mask = torch.cat([torch.zeros_like(mask[:, :1]).expand(-1, 2), mask], 1)
+    for term in (
+        lambda s, i, m: mutual_information_loss(s, i, m, num_negatives=None),
+        lambda s, i, m: stability_loss(s, m),
+    ):
+        value, gradient = value_and_gradient(term(states, ids, mask), states)
+        padded_value, padded_gradient = value_and_gradient(term(padded, more_ids, more_mask), padded)
+        torch.testing.assert_close(padded_value, value)
+        torch.testing.assert_close(padded_gradient[:, :, 2:], gradient)
+        assert (padded_gradient[:, more_mask == 0] == 0).all() and gradient.abs().sum() > 0
+
+
+def test_order_of_the_batch_does_not_matter():
+    for seed in range(20):
+        states, ids, mask = random_case(seed, layers=2)
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(
+            mutual_information_loss(states, ids, mask, num_negatives=None),
+            mutual_information_loss(states[:, order], ids[order], mask[order], num_negatives=None),
+        )
+        torch.testing.assert_close(stability_loss(states, mask), stability_loss(states[:, order], mask[order]))
+
+
+def test_rows_are_never_mixed():
+    """With one pair a row and exact negatives, the batch's value is the mean of its rows' values."""
+    states = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    ids = torch.tensor([[0, 0, 1, -1], [5, 1, 5, 2], [-1, 7, 3, 7]])
+    mask = torch.ones_like(ids)
+    rows = [
+        mutual_information_loss(states[:, [row]], ids[[row]], mask[[row]], num_negatives=None) for row in range(3)
+    ]
+    torch.testing.assert_close(
+        mutual_information_loss(states, ids, mask, num_negatives=None), torch.stack(rows).mean()
+    )
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [[0, 1, 2, 3]],  # every word one token
+        [[-1, -1, -1, -1]],  # no constituent at all
+        [[0, -1, -1, 0]],  # the pair's second token is padding
+    ],
+)
+def test_no_pair_is_zero_with_a_gradient_path(ids):
+    states = torch.randn(2, 1, 4, 3, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 0]])
+    value, gradient = value_and_gradient(mutual_information_loss(states, torch.tensor(ids), mask), states)
+    assert value == 0 and (gradient == 0).all()
+
+
+def test_anchor_without_negative_costs_nothing():
+    states = torch.randn(1, 1, 3, 4, requires_grad=True)
+    ids, mask = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long)
+    value, gradient = value_and_gradient(mutual_information_loss(states, ids, mask, num_negatives=None), states)
+    assert value == 0 and (gradient == 0).all()
+
+
+def test_zero_states_give_finite_gradients():
+    states = torch.zeros(2, 1, 4, 3, requires_grad=True)
+    ids, mask = torch.tensor([[0, 0, 1, 1]]), torch.ones(1, 4, dtype=torch.long)
+    value, gradient = value_and_gradient(
+        mutual_information_loss(states, ids, mask, num_negatives=None) + stability_loss(states, mask), states
+    )
+    assert math.isclose(value, math.log(3), rel_tol=1e-6) and torch.isfinite(gradient).all()
+
+
+def test_wholly_padded_row_and_batch():
+    states, ids = torch.randn(2, 2, 3, 4), torch.zeros(2, 3, dtype=torch.long)
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    alone = stability_loss(states[:, :1], mask[:1])
+    torch.testing.assert_close(stability_loss(states, mask), alone)
+    nothing = torch.zeros_like(mask)
+    assert stability_loss(states, nothing) == 0 and mutual_information_loss(states, ids, nothing) == 0
+
+
+def test_sampling_is_uniform_without_replacement():
+    eligible = torch.tensor([[[True] * 6 + [False] * 2]]).expand(1, 3000, 8)
+    chosen = sample_negatives(eligible, 2, torch.Generator().manual_seed(0))
+    assert (chosen.sum(-1) == 2).all() and not chosen[..., 6:].any()
+    shares = chosen[0, :, :6].double().mean(0)  # expected 1/3 each, standard error 0.0086
+    assert (shares - 1 / 3).abs().max() < 4 * 0.0086
+    assert torch.equal(sample_negatives(eligible, 6), eligible) and torch.equal(sample_negatives(eligible, 99), eligible)
+
+
+def test_sampled_value_follows_its_generator():
+    states, ids, mask = torch.randn(2, 2, 9, 4), torch.arange(9).div(3).long().repeat(2, 1), torch.ones(2, 9).long()
+
+    def value(seed):
+        return mutual_information_loss(states, ids, mask, num_negatives=2, generator=torch.Generator().manual_seed(seed))
+
+    assert value(1) == value(1) and value(1) != value(2)
+
+
+@pytest.mark.parametrize("dtype, inside", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+                                           (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_precision_inside(dtype, inside):
+    states, ids, mask = random_case(5, layers=2)
+    states = states.detach().to(dtype).requires_grad_()
+    for autocast in (False, True):
+        with torch.autocast("cpu", enabled=autocast):
+            value = mutual_information_loss(states, ids, mask, num_negatives=None)
+            moved = stability_loss(states, mask)
+        exact = mutual_information_loss(states.to(inside), ids, mask, num_negatives=None)
+        assert value.dtype == moved.dtype == inside
+        assert value == exact and moved == stability_loss(states.to(inside), mask)
+        assert torch.autograd.grad(value + moved, states)[0].dtype == dtype
+
+
+def test_memory_grows_with_the_batch_not_its_square():
+    """The largest tensor that autograd keeps, per row."""
+
+    def largest(rows):
+        sizes = []
+        states = torch.randn(2, rows, 12, 4, requires_grad=True)
+        ids, mask = torch.arange(12).div(2).long().repeat(rows, 1), torch.ones(rows, 12).long()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            mutual_information_loss(states, ids, mask) + stability_loss(states, mask)
+        return max(sizes)
+
+    assert largest(32) == 8 * largest(4)
+
+
+def test_carma_loss_joins_the_terms():
+    outputs, ids, mask = torch.randn(6, 2, 7, 4), torch.tensor([[0, 0, 1, 1, 1, 2, -1]] * 2), torch.ones(2, 7).long()
+    config = CarmaConfig(mi_layers=(1, 2), stability_layers=(2, 4), mi_weight=0.5, stability_weight=0.7,
+                         num_negatives=None)
+    terms = CarmaLoss(config)(tuple(outputs), ids, mask)
+    torch.testing.assert_close(
+        terms.mutual_information, mutual_information_loss(outputs[2:4], ids, mask, num_negatives=None)
+    )
+    torch.testing.assert_close(terms.stability, stability_loss(outputs[3:6], mask))
+    torch.testing.assert_close(terms.total, 0.5 * terms.mutual_information + 0.7 * terms.stability)
+    unread = [state if index - 1 in config.layers else None for index, state in enumerate(outputs)]
+    assert CarmaLoss(config)(unread, ids, mask) == terms
+
+
+def test_weights_of_zero_switch_terms_off():
+    outputs, ids, mask = torch.randn(4, 1, 3, 4), torch.tensor([[0, 0, 1]]), torch.ones(1, 3).long()
+    layers = dict(mi_layers=(0, 1), stability_layers=(1, 2))
+    only_mi = CarmaConfig(mi_weight=1, stability_weight=0, **layers)
+    only_stability = CarmaConfig(mi_weight=0, stability_weight=1, **layers)
+    assert only_mi.layers == (0, 1) and only_stability.layers == (1, 2)
+    terms = CarmaLoss(only_mi)(outputs, ids, mask)
+    assert terms.stability == 0 and terms.total == terms.mutual_information > 0
+    terms = CarmaLoss(only_stability)(outputs, ids, mask)
+    assert terms.mutual_information == 0 and terms.total == terms.stability > 0
+    assert CarmaConfig(carma_weight=0, mi_layers=(0, 99)).layers == ()
+    assert CarmaLoss(CarmaConfig(carma_weight=0))(outputs, ids, mask).total == 0
+
+
+def test_published_defaults():
+    config = CarmaConfig()
+    assert (config.carma_weight, config.mi_weight, config.stability_weight) == (0.2, 0.2, 0.3)
+    assert config.mi_layers == config.stability_layers == (0, 7)
+    assert (config.temperature, config.num_negatives, config.similarity) == (0.1, 5, "cosine")
+    assert CarmaConfig(mi_layers=[0, 3]) == CarmaConfig(mi_layers=(0, 3))
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (dict(carma_weight=1.1), "carma_weight must lie between 0 and 1"),
+        (dict(mi_weight=-0.1), "mi_weight must lie"),
+        (dict(stability_weight=float("nan")), "stability_weight must lie"),
+        (dict(mi_layers=(3, 1)), "mi_layers must be"),
+        (dict(stability_layers=(-1, 2)), "stability_layers must be"),
+        (dict(mi_layers=(1,)), "mi_layers must be"),
+        (dict(stability_layers=(2, 2)), "at least two layers"),
+        (dict(temperature=0), "temperature must be greater than 0"),
+        (dict(num_negatives=0), "num_negatives must be"),
+        (dict(num_negatives=2.5), "num_negatives must be"),
+        (dict(similarity="euclidean"), "similarity must be one of"),
+    ],
+)
+def test_config_rejects(setting, message):
+    with pytest.raises(ValueError, match=message):
+        CarmaConfig(**setting)
+
+
+def test_config_checks_the_depth():
+    CarmaConfig().check_depth(8)
+    with pytest.raises(ValueError, match="blocks 0 to 3"):
+        CarmaConfig().check_depth(4)
+    with pytest.raises(ValueError, match="blocks 0 to 2"):
+        CarmaLoss(CarmaConfig())([torch.randn(1, 2, 3)] * 4, torch.zeros(1, 2).long(), torch.ones(1, 2).long())
+
+
+STATES, IDS, MASK = torch.randn(2, 2, 3, 4), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    "states, ids, mask, message",
+    [
+        (STATES[0], IDS, MASK, "layers × "),
+        ([], IDS, MASK, "at least one layer"),
+        ([STATES[0], STATES[0, :1]], IDS, MASK, "differ in shape"),
+        (STATES.long(), IDS, MASK, "floating point"),
+        (STATES, IDS[:1], MASK, "constituent_ids has shape"),
+        (STATES, IDS, MASK[:, :2], "attention_mask has shape"),
+        (STATES, IDS.float(), MASK, "constituent_ids must hold integers"),
+        (STATES, IDS, MASK.float(), "attention_mask must hold integers"),
+        (STATES, IDS - 2, MASK, "constituent_ids must be −1"),
+        (STATES / 0, IDS, MASK, "NaN or infinity"),
+    ],
+)
+def test_bad_input(states, ids, mask, message):
+    with pytest.raises(ValueError, match=message):
+        mutual_information_loss(states, ids, mask)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_number_is_seen_even_where_no_pair_uses_it(bad):
+    states = torch.randn(2, 1, 4, 3)
+    states[1, 0, 3, 2] = bad
+    ids, mask = torch.tensor([[0, 0, 1, -1]]), torch.ones(1, 4).long()
+    for call in (lambda: mutual_information_loss(states, ids, mask, num_negatives=1), lambda: stability_loss(states, mask)):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            call()
+
+
+def test_bad_settings_of_the_functions():
+    with pytest.raises(ValueError, match="temperature"):
+        mutual_information_loss(STATES, IDS, MASK, temperature=-1)
+    with pytest.raises(ValueError, match="reduction"):
+        stability_loss(STATES, MASK, reduction="none")
+    with pytest.raises(ValueError, match="at least 2"):
+        stability_loss(STATES[:1], MASK)
