@@ -13,11 +13,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas
-    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+    from nltk.corpus.reader.wordnet import Lemma, WordNetCorpusReader
 
 DEBIAN_FOLDER = Path("/usr/share/wordnet")
 DOWNLOAD_TIMEOUT = 15  # seconds
-AGREEMENT = 0.4  # how sure it must be that two words mean the same, see `synonyms`
+# What makes a synonym; see `synonyms` and `usual_part_of_speech`.
+AGREEMENT = 0.5
+RARITY = 0.1
+USUAL = 0.33
+# Words that taggers call nouns, verbs, adjectives or adverbs, but that carry grammar rather than content.
+FUNCTION_WORDS = frozenset(
+    "be am is are was were been being have has had having do does did done doing get gets got let lets "
+    "not no never so very too as all but off more most less least much many few such own same other another "
+    "only just even still yet then there here now how why when where ever however else almost also well rather "
+    "quite about enough plenty several various certain one ones thing things something nothing anything everything "
+    "someone anyone everyone lot lots bit kind sort rest little alone".split())
+BASE_TAGS = ("NN", "VB", "VBP", "JJ", "RB")
 TAGS = {"n": ("NN", "NNS"), "v": ("VB", "VBP", "VBZ", "VBD", "VBN", "VBG"), "a": ("JJ", "JJR", "JJS"),
         "r": ("RB", "RBR", "RBS")}
 
@@ -127,54 +138,79 @@ def definition_pairs() -> pandas.DataFrame:
 
 
 @lru_cache(maxsize=None)
+def tagged_uses(word: str, part_of_speech: str) -> dict[str, int]:
+    """Synset name → how often the lemma was tagged in that sense; empty if WordNet lacks the word as this."""
+    return {synset.name(): sense_counts().get(lemma.key(), 0)
+            for synset in wordnet().synsets(word, part_of_speech)
+            for lemma in synset.lemmas() if lemma.name() == word}
+
+
 def sense_shares(word: str, part_of_speech: str) -> dict[str, float]:
     """Synset name → share of the word's uses in that sense: (count + 1) / (all counts + number of senses).
 
     The ones added keep a word that was tagged once or twice from looking certain, and give the senses of a
-    word that was never tagged equal shares. Empty for a word that WordNet does not have as this part of speech.
+    word that was never tagged equal shares.
     """
-    counts = {}
-    for synset in wordnet().synsets(word, part_of_speech):
-        for lemma in synset.lemmas():
-            if lemma.name() == word:
-                counts[synset.name()] = sense_counts().get(lemma.key(), 0)
-    total = sum(counts.values()) + len(counts)
-    return {synset: (count + 1) / total for synset, count in counts.items()}
+    uses = tagged_uses(word, part_of_speech)
+    return {synset: (count + 1) / (sum(uses.values()) + len(uses)) for synset, count in uses.items()}
 
 
 @lru_cache(maxsize=None)
 def synonyms(word: str, part_of_speech: str) -> tuple[str, ...]:
     """Lemmas that mean the same as the lemma `word` in most uses of both; single words without hyphens.
 
-    Two words share the senses (synsets) that hold both. With p(s | w) of `sense_shares`, a candidate c stays if
+    Two words share the senses (synsets) that hold both. With p(s | w) of `sense_shares` and n(w) the tagged
+    uses of w in the shared senses, a candidate c stays if
 
         Σ_s p(s | word) · Σ_s p(s | c) ≥ AGREEMENT,  s over the shared senses,
+        n(c) ≥ max(1, RARITY · n(word)),
 
-    so neither word is likely to be read in another sense ("act" is no synonym of "move", though they share one),
-    if it was tagged at least once in a shared sense (no word that hardly anybody uses), and if, as a verb, it
-    takes every sentence frame that the word takes there. Best first. Source: DESIGN, Traps already met.
+    so neither word is likely to be read in another sense ("move" is no synonym of "act", though they share
+    one) and no common word becomes a rare one. Besides it must fit grammatically (`_fits`), and be another
+    word, neither an abbreviation nor another spelling or derivation: candidates of one or two letters, and words
+    that begin with the same four letters, are left out.
+    Best first. Source: DESIGN, Traps already met.
     """
-    own = sense_shares(word, part_of_speech)
-    shared: dict[str, list[str]] = {}
+    own, shared = sense_shares(word, part_of_speech), {}
     for name in own:
-        synset = wordnet().synset(name)
-        lemmas = {lemma.name(): lemma for lemma in synset.lemmas()}
-        for candidate, lemma in lemmas.items():
-            if candidate != word and candidate.isalpha() and candidate.islower() \
-                    and sense_counts().get(lemma.key(), 0) > 0 and _fits(lemma, lemmas[word]):
+        lemmas = {lemma.name(): lemma for lemma in wordnet().synset(name).lemmas()}
+        for candidate in lemmas:
+            if _is_other_word(candidate, word) and _fits(lemmas[candidate], lemmas[word]):
                 shared.setdefault(candidate, []).append(name)
     agreement = {}
     for candidate, names in shared.items():
         other = sense_shares(candidate, part_of_speech)
-        agreement[candidate] = sum(own[name] for name in names) * sum(other[name] for name in names)
-    kept = [candidate for candidate in shared if agreement[candidate] >= AGREEMENT]
+        uses, other_uses = (sum(tagged_uses(w, part_of_speech)[name] for name in names) for w in (word, candidate))
+        if other_uses >= max(1, RARITY * uses) and usual_part_of_speech(candidate, part_of_speech):
+            agreement[candidate] = sum(own[name] for name in names) * sum(other[name] for name in names)
+    kept = [candidate for candidate in agreement if agreement[candidate] >= AGREEMENT]
     return tuple(sorted(kept, key=lambda candidate: (-agreement[candidate], candidate)))
 
 
-def _fits(candidate, lemma) -> bool:
-    """Whether a lemma can stand where another of its synset stands: verb frames, before or after the noun."""
+def _is_other_word(candidate: str, word: str) -> bool:
+    return (len(candidate) > 2 and candidate.isalpha() and candidate.islower() and candidate not in FUNCTION_WORDS
+            and not candidate.startswith(word[:4]) and not word.startswith(candidate[:4]))
+
+
+def _fits(candidate: Lemma, lemma: Lemma) -> bool:
+    """Whether a lemma can stand where another of its synset stands.
+
+    A verb takes every sentence frame of the other; an adjective stands on the same side of its noun; a noun is
+    neither a verb's -ing form (bringing, imaging) nor a plural (authorities, papers), which take other articles.
+    """
+    name = candidate.name()
+    if candidate.synset().pos() == "n":
+        return not (name.endswith("ing") and lemmas_of(name, "v")) and lemmas_of(name, "n") == (name,)
     return (set(lemma.frame_ids()) <= set(candidate.frame_ids())
             and candidate.syntactic_marker() == lemma.syntactic_marker())
+
+
+@lru_cache(maxsize=None)
+def usual_part_of_speech(form: str, part_of_speech: str) -> bool:
+    """Whether at least USUAL of the tagged uses of a form's lemmas are of this part of speech."""
+    uses = {letter: sum(1 + sum(tagged_uses(lemma, letter).values()) for lemma in lemmas_of(form, letter))
+            for letter in TAGS}
+    return uses[part_of_speech] >= USUAL * sum(uses.values())
 
 
 def part_of_speech_of(tag: str) -> str | None:
@@ -186,19 +222,22 @@ def part_of_speech_of(tag: str) -> str | None:
 
 @lru_cache(maxsize=None)
 def lemmas_of(form: str, part_of_speech: str) -> tuple[str, ...]:
-    """The dictionary's lemmas of a lower-case form; ("act",) for "acted" as "v". Empty if unknown."""
+    """The lemmas of a lower-case form: ("act",) for "acted" as "v". Empty if no dictionary knows it as this."""
     from lemminflect import getAllLemmas
 
     universal = {"n": "NOUN", "v": "VERB", "a": "ADJ", "r": "ADV"}[part_of_speech]
-    return getAllLemmas(form, universal).get(universal, ())
+    known = getAllLemmas(form, universal).get(universal, ())
+    return known or ((form,) if tagged_uses(form, part_of_speech) else ())
 
 
 @lru_cache(maxsize=None)
 def inflections(lemma: str, tag: str) -> tuple[str, ...]:
     """The lemma's forms for a Penn tag, usual one first: ("dogs", "dog") for "dog", "NNS". Empty if unknown."""
-    from lemminflect import getInflection
+    from lemminflect import getAllInflections
 
-    return tuple(getInflection(lemma, tag, inflect_oov=False))
+    universal = {"NN": "NOUN", "VB": "VERB", "JJ": "ADJ", "RB": "ADV"}[tag[:2]]
+    base = (lemma,) if tag in BASE_TAGS else ()
+    return getAllInflections(lemma, universal).get(tag, base)
 
 
 def inflect(lemma: str, tag: str) -> str | None:
@@ -215,11 +254,11 @@ def synonym_forms(form: str, tag: str) -> tuple[str, ...]:
     for all of them, since taggers often mistake one for the other. Empty if there are none.
     """
     part_of_speech = part_of_speech_of(tag)
-    if part_of_speech is None:
+    if part_of_speech is None or not usual_part_of_speech(form, part_of_speech):
         return ()
     forms: dict[str, None] = {}
     for lemma in lemmas_of(form, part_of_speech):
-        tags = [other for other in TAGS[part_of_speech] if form in inflections(lemma, other)]
+        tags = [other for other in TAGS[part_of_speech] if form == inflect(lemma, other)]
         if tag not in tags:
             continue
         for candidate in synonyms(lemma, part_of_speech):

@@ -13,40 +13,24 @@ import json
 import os
 import re
 import tempfile
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
 
-from carma_lib.lexicon import (
-    lemmas_of, multiword_lemmas, part_of_speech_of, sense_counts, synonym_forms, wordnet)
+from carma_lib.lexicon import lemmas_of, sense_counts, synonym_forms, wordnet
+from carma_lib.tagging import Word, fixed_words, is_content, tagged_words
 
 RULES = 1  # part of every cache key: raise it with any change of what is replaced by what
 
 Source = Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
 """Where candidates come from: lower-case form → forms that can stand for it, or (form, Penn tag) → forms."""
 
-# "n't" and "'s" are words of their own, hyphenated compounds are one word.
-TOKEN = re.compile(r"n['’]t\b|['’](?:s|re|ve|ll|d|m)\b|\w+?(?=n['’]t\b)|\w+(?:-\w+)*|[^\w\s]", re.IGNORECASE)
+Score = Callable[[list[str]], Sequence[float]]
+
 ARTICLES = frozenset(["a", "an"])
-SENTENCE_END = frozenset(".!?")
-# Words that the tagger calls nouns, verbs, adjectives or adverbs, but that carry grammar rather than content.
-FUNCTION_WORDS = frozenset(
-    "be am is are was were been being have has had having do does did done doing get gets got let lets s t d "
-    "not no never so very too as more most less least much many few such own same other another only just even "
-    "still yet then there here now how why when where ever however else almost also well rather quite about "
-    "one ones thing things something nothing anything everything someone anyone everyone lot bit kind sort".split())
-# Vowel sound: a written vowel or silent h, unless it is read "you" or "w" (a unique, a European, a one-off).
-VOWEL_SOUND = re.compile(r"(?!uni(?!n|m)|u[bst][aeiou]|uk|eu|ewe|one\b|once)[aeiou]|(?:hon(?:est|or|our)|hour|heir)",
-                         re.IGNORECASE)
-
-
-class Word(NamedTuple):
-    """A word of a text: its characters [start, end), its form as written and its Penn tag in context."""
-    start: int
-    end: int
-    form: str
-    tag: str
+# A written vowel or a silent h, unless the word begins with the sound of "you" or "w" (unique, European, one-eyed).
+VOWEL_SOUND = re.compile(r"(?!uni(?!n|m|de)|unanim|u[bstv][aeiou]|ur[aeiou]|uk|eu|ewe|one\b|once)[aeiou]"
+                         r"|hon(?:est|or|our)|hour|heir", re.IGNORECASE)
 
 
 class Change(NamedTuple):
@@ -96,18 +80,18 @@ def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int]
     """
     _check_rate(rate)
     span = _check_span(text, span)
-    item = text if item_id is None else item_id
+    item = text if item_id is None else str(item_id)
     refused = _families([forbidden] if isinstance(forbidden, str) else forbidden)
     words = tagged_words(text)
     inside = [i for i, word in enumerate(words) if span[0] <= word.start and word.end <= span[1]]
     content = [i for i in inside if is_content(words[i]) or _listed(words[i], source)]
     requested = int(rate * len(content) + 0.5)
 
-    protected = _collocated(words) if source is synonym_forms else frozenset()
+    fixed = frozenset() if isinstance(source, Mapping) else fixed_words(words)
     replacements = {}
     for i in content:
         article = _article_before(text, words, i)
-        candidates = [] if i in protected else _candidates(words[i], source, refused)
+        candidates = [] if i in fixed else _candidates(words[i], source, refused)
         if article and article.start < span[0]:  # it cannot be put right
             candidates = [form for form in candidates if _indefinite_article(form) == article.form.lower()]
         if candidates:
@@ -139,34 +123,93 @@ def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Seque
     from tqdm import tqdm
 
     _check_rate(rate)
-    columns = [texts, item_ids or texts, spans or [None] * len(texts), forbidden or [()] * len(texts)]
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list of texts; use replace_synonyms for a single one")
+    empty = [None] * len(texts)
+    columns = [list(empty if column is None else column) for column in (texts, item_ids, spans, forbidden)]
     if len({len(column) for column in columns}) > 1:
         raise ValueError("texts, item_ids, spans and forbidden must be of one length, got "
                          + ", ".join(str(len(column)) for column in columns))
     path = Path(cache_dir) / f"{_cache_key(columns, rate, seed, source)}.jsonl" if cache_dir else None
-    cached = _read_cache(path, texts) if path else None
+    cached = _read_cache(path, len(texts)) if path else None
     if cached is not None:
         return cached
     replacements = [
-        replace_synonyms(text, rate=rate, seed=seed, span=span, item_id=item_id, forbidden=words, source=source)
-        for text, item_id, span, words in tqdm(zip(*columns), total=len(texts), desc="replacing", delay=2)]
+        replace_synonyms(text, rate=rate, seed=seed, span=span, item_id=item, forbidden=words or (), source=source)
+        for text, item, span, words in tqdm(zip(*columns), total=len(texts), desc="replacing", delay=2)]
     if path:
         _write_cache(path, replacements)
     return replacements
 
 
+def worst_replacement(text: str, *, rate: float, seeds: Iterable[int], score: Score,
+                      span: tuple[int, int] | None = None, item_id: str | None = None,
+                      forbidden: str | Sequence[str] = (), source: Source = synonym_forms) -> Replacement:
+    """`worst_replacements` of a single text."""
+    return worst_replacements([text], rate=rate, seeds=seeds, score=score, source=source, spans=[span],
+                              item_ids=None if item_id is None else [item_id], forbidden=[forbidden])[0]
+
+
+def worst_replacements(texts: Sequence[str], *, rate: float, seeds: Iterable[int], score: Score,
+                       item_ids: Sequence[str] | None = None, spans: Sequence[tuple[int, int] | None] | None = None,
+                       forbidden: Sequence[str | Sequence[str]] | None = None, source: Source = synonym_forms,
+                       cache_dir: str | Path | None = None) -> list[Replacement]:
+    """An adversary: of each text's replacements under several seeds, the one with the highest loss.
+
+    seeds: the k seeds to try; of equal losses the earlier seed wins.
+    score: called once a seed with the changed texts, in the order of texts; returns one finite loss a text.
+        Batching and the model are the caller's.
+    Everything else: see `replace_all`. Raises ValueError without seeds, or for losses of another number or
+    that are not finite.
+    """
+    import numpy
+
+    tries, losses = [], []
+    for seed in seeds:
+        tries.append(replace_all(texts, rate=rate, seed=seed, item_ids=item_ids, spans=spans, forbidden=forbidden,
+                                 source=source, cache_dir=cache_dir))
+        losses.append(numpy.asarray(score([done.text for done in tries[-1]]), dtype=float))
+        if losses[-1].shape != (len(texts),) or not numpy.isfinite(losses[-1]).all():
+            raise ValueError(f"score must return {len(texts)} finite losses, one a text; seed {seed} gave "
+                             f"{int(numpy.isfinite(losses[-1]).sum())} in shape {losses[-1].shape}")
+    if not tries:
+        raise ValueError("seeds is empty; give the seeds to try, for instance range(8)")
+    return [tries[k][i] for i, k in enumerate(numpy.argmax(losses, axis=0))]
+
+
+def shift_spans(spans: Sequence[tuple[int, int]], changes: Sequence[Change]) -> list[tuple[int, int]]:
+    """Character spans [start, end) of the original text → the same spans of the changed one.
+
+    A boundary inside a changed word moves out to that word's edge, so that words stay whole.
+    """
+    def shifted(position: int, at_end: bool) -> int:
+        moved = 0
+        for change in changes:
+            if position <= change.start:
+                break
+            if position < change.end:
+                return change.start + moved + (len(change.after) if at_end else 0)
+            moved += len(change.after) - (change.end - change.start)
+        return position + moved
+
+    return [(shifted(start, False), shifted(end, True)) for start, end in spans]
+
+
 def _cache_key(columns: Sequence[Sequence], rate: float, seed: int, source: Source) -> str:
     if isinstance(source, Mapping):
-        name = {form: list(source[form]) for form in sorted(source)}
+        content = {form: list(source[form]) for form in sorted(source)}
     elif source is synonym_forms:
-        name = ["wordnet", wordnet().get_version(), len(sense_counts()), version("lemminflect")]
+        content = [wordnet().get_version(), len(sense_counts())]
     else:
         raise ValueError("a cache needs the default source or a dict; call without cache_dir for your own function")
-    parts = [RULES, version("textblob"), name, float(rate), seed, *map(list, columns)]
+    texts, item_ids, spans, forbidden = columns
+    words = [[word] if isinstance(word, str) else sorted(word or ()) for word in forbidden]
+    parts = [RULES, version("textblob"), version("lemminflect"), content, float(rate), int(seed),
+             texts, list(map(str, item_ids)), spans, words]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _read_cache(path: Path, texts: Sequence[str]) -> list[Replacement] | None:
+def _read_cache(path: Path, length: int) -> list[Replacement] | None:
     """The replacements of a whole file; None if there is none, or if it is cut short or damaged."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -174,7 +217,7 @@ def _read_cache(path: Path, texts: Sequence[str]) -> list[Replacement] | None:
                  for row in rows]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if len(found) == len(texts) else None
+    return found if len(found) == length else None
 
 
 def _write_cache(path: Path, replacements: Sequence[Replacement]) -> None:
@@ -184,41 +227,6 @@ def _write_cache(path: Path, replacements: Sequence[Replacement]) -> None:
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
         file.writelines(line + "\n" for line in lines)
     os.replace(file.name, path)
-
-
-def is_content(word: Word) -> bool:
-    """Whether a word counts for the rate: by its tag, and neither function word, nor name, nor number."""
-    return (part_of_speech_of(word.tag) is not None and word.form.lower() not in FUNCTION_WORDS
-            and not any(character.isdigit() for character in word.form))
-
-
-@lru_cache(maxsize=8192)
-def tagged_words(text: str) -> tuple[Word, ...]:
-    """The words and punctuation marks of a text with their Penn tags in context (TextBlob's PatternTagger).
-
-    A capitalised word is tagged as a name (NNP) unless it opens a sentence and no capital follows it.
-    """
-    tokens = [match.span() for match in TOKEN.finditer(text)]
-    if not tokens:
-        return ()
-    forms = [text[start:end] for start, end in tokens]
-    lines = "".join(form + ("\n" if form in SENTENCE_END else " ") for form in forms).strip()
-    tags = [tag for _, tag in _tagger().tag(lines, tokenize=False)]
-    opening, words = True, []
-    for k, ((start, end), form, tag) in enumerate(zip(tokens, forms, tags, strict=True)):
-        followed = k + 1 < len(forms) and forms[k + 1][0].isupper()
-        if form[0].isupper() and (not opening or followed or form[1:] != form[1:].lower()):
-            tag = "NNP"
-        words.append(Word(start, end, form, tag))
-        opening = form in SENTENCE_END or (opening and not form[0].isalnum())
-    return tuple(words)
-
-
-@lru_cache(maxsize=1)
-def _tagger():
-    from textblob.en.taggers import PatternTagger
-
-    return PatternTagger()
 
 
 def _check_rate(rate: float) -> None:
@@ -235,7 +243,7 @@ def _check_span(text: str, span: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _draw(seed: int, item: str, what: object) -> int:
-    key = json.dumps([seed, item, what]).encode()
+    key = json.dumps([int(seed), item, what]).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
 
 
@@ -246,33 +254,13 @@ def _listed(word: Word, source: Source) -> bool:
 def _candidates(word: Word, source: Source, refused: frozenset[str]) -> list[str]:
     form = word.form.lower()
     found = source.get(form, ()) if isinstance(source, Mapping) else source(form, word.tag)
-    return [other for other in found if other != form and not refused & _families([other])]
+    return [other for other in found if other != form and not (refused and refused & _families([other]))]
 
 
 def _families(words: Iterable[str]) -> frozenset[str]:
     """The words, in lower case and split at spaces and hyphens, and every lemma they may be a form of."""
     parts = [part for word in words for part in re.split(r"[\W_]+", word.lower()) if part]
     return frozenset(parts).union(*(lemmas_of(part, letter) for part in parts for letter in "nvar"))
-
-
-def _collocated(words: Sequence[Word]) -> frozenset[int]:
-    """Places of the words that stand in an expression of several words that WordNet knows (hot dog, end up)."""
-    known, places = multiword_lemmas(), set()
-    forms = [word.form.lower() for word in words]
-    for first in range(len(words)):
-        for last in range(first + 1, min(first + 4, len(words))):
-            window = words[first:last + 1]
-            ways = ["_".join(forms[first:last + 1])]
-            ways += ["_".join([lemma, *forms[first + 1:last + 1]]) for lemma in _lemmas(window[0])]
-            ways += ["_".join([*forms[first:last], lemma]) for lemma in _lemmas(window[-1])]
-            if any(way in known for way in ways):
-                places.update(range(first, last + 1))
-    return frozenset(places)
-
-
-def _lemmas(word: Word) -> tuple[str, ...]:
-    letter = part_of_speech_of(word.tag)
-    return lemmas_of(word.form.lower(), letter) if letter else ()
 
 
 def _article_before(text: str, words: Sequence[Word], i: int) -> Word | None:
