@@ -62,7 +62,7 @@ class Collator:
 
     Returns int64 tensors (batch, tokens): `input_ids`, `attention_mask`, `position_ids` (counted from each row's
     first real token), `constituent_ids` (−1 at padding), and either `target_ids` (batch,) or `labels` (−100 at
-    padding); the last three where the rows have `constituent_ids`, `target_id` or `labels`.
+    padding and at the first token, which nothing precedes); the last three where the rows have `constituent_ids`, `target_id` or `labels`.
 
     Args:
         padding: the padding token's id, or a tokenizer: its padding token, else its end-of-text token (padding is
@@ -89,6 +89,7 @@ class Collator:
             batch["target_ids"] = torch.tensor([row["target_id"] for row in rows])
         elif "labels" in rows[0]:
             batch["labels"] = _pad_left(rows, "labels", lengths, -100)
+            batch["labels"][columns == first] = -100  # else a padding position would have to predict the first token
         return batch
 
 

@@ -53,8 +53,18 @@ def test_language_modelling():
     row = encode_text(Dataset.from_dict({"text": ["a small bird"]}), tokenizer)[0]
     assert row["labels"] == row["input_ids"] and row["length"] == len(row["input_ids"])
     assert row["constituent_ids"][0] == -1 and set(row["constituent_ids"][1:]) == {0, 1, 2}
-    batch = Collator(tokenizer)([row, {**row, "input_ids": [5], "labels": [5], "constituent_ids": [0]}])
-    assert batch["labels"][1].tolist() == [-100] * (row["length"] - 1) + [5]
+    short = {name: values[-2:] for name, values in row.items() if name in ("input_ids", "labels", "constituent_ids")}
+    batch = Collator(tokenizer)([row, short])
+    assert batch["labels"].tolist() == [[-100, *row["labels"][1:]], [-100] * (row["length"] - 1) + row["labels"][-1:]]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_padding_does_not_change_the_language_model_loss(family):
+    model, rows = tiny_model(family), [{"input_ids": ids, "labels": ids} for ids in ([5, 6, 7], [9, 8, 7, 6, 5, 4])]
+    with torch.no_grad():
+        alone = [model(**Collator(1)([row])).loss for row in rows]
+        together = model(**Collator(1)(rows)).loss
+    torch.testing.assert_close(together, (2 * alone[0] + 5 * alone[1]) / 7)
 
 
 def test_padding_is_on_the_left():

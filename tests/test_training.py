@@ -1,0 +1,384 @@
+"""CarmaTrainer: plain Trainer at λ = 0, the stated loss otherwise, in every way people train."""
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from tiny import FAMILIES, TEXTS, byte_level_tokenizer, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import Trainer, TrainingArguments
+
+from carma_lib.collation import Collator, encode, encode_text
+from carma_lib.losses import CarmaConfig, CarmaLoss
+from carma_lib.training import CarmaTrainer, KeptHiddenStates, decoder_blocks
+
+CARMA = CarmaConfig(
+    carma_weight=0.4, mi_weight=0.5, stability_weight=0.7, mi_layers=(0, 2), stability_layers=(0, 1), num_negatives=None
+)
+TOKENIZER = byte_level_tokenizer()
+
+
+def single_target_rows(number=8):
+    data = [{"text": TEXTS[i % len(TEXTS)], "target": "abcdefgh"[i % 8]} for i in range(number)]
+    return encode(Dataset.from_list(data), TOKENIZER, suffix=' is called a "')
+
+
+def language_model_rows(number=8):
+    return encode_text(Dataset.from_dict({"text": [TEXTS[i % len(TEXTS)] for i in range(number)]}), TOKENIZER)
+
+
+def arguments(folder, **settings):
+    chosen = dict(
+        output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, learning_rate=0.1, logging_steps=1,
+        lr_scheduler_type="constant", optim="sgd", save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+    )
+    return TrainingArguments(**(chosen | settings))
+
+
+def trained(folder, rows, model=None, carma=CARMA, eval_dataset=None, **settings):
+    model = model or tiny_model("gpt2")
+    trainer = CarmaTrainer(
+        model, arguments(folder, **settings), carma=carma, train_dataset=rows, eval_dataset=eval_dataset,
+        processing_class=TOKENIZER,
+    )
+    trainer.train()
+    return trainer
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.accelerator.unwrap_model(trainer.model).parameters()])
+
+
+def batch_of(rows):
+    return Collator(TOKENIZER)(list(rows))
+
+
+# λ = 0
+
+
+@pytest.mark.parametrize("carma", [None, CarmaConfig(carma_weight=0, mi_layers=(0, 99))])
+def test_weight_zero_is_plain_trainer_with_labels(tmp_path, carma):
+    rows = language_model_rows()
+    settings = dict(max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    ours = trained(tmp_path, rows, carma=carma, **settings)
+
+    def collate(batch):
+        return {name: value for name, value in Collator(TOKENIZER)(batch).items() if name != "constituent_ids"}
+
+    plain = Trainer(tiny_model("gpt2"), arguments(tmp_path, remove_unused_columns=False, **settings), collate, rows)
+    plain.train()
+    assert torch.equal(weights(ours), weights(plain)) and losses(ours) == losses(plain)
+    assert not torch.equal(weights(ours), weights(trained(tmp_path, rows, **settings)))
+
+
+def test_weight_zero_is_plain_trainer_with_single_targets(tmp_path):
+    rows = single_target_rows()
+    ours = trained(tmp_path, rows, carma=None, max_steps=4)
+
+    def collate(batch):
+        inputs = Collator(TOKENIZER)(batch)
+        del inputs["constituent_ids"]
+        return {**inputs, "labels": inputs.pop("target_ids"), "logits_to_keep": 1}
+
+    plain = Trainer(
+        tiny_model("gpt2"), arguments(tmp_path, max_steps=4, remove_unused_columns=False), collate, rows,
+        compute_loss_func=lambda outputs, labels, **_: F.cross_entropy(outputs.logits[:, -1].float(), labels),
+    )
+    plain.train()
+    assert torch.equal(weights(ours), weights(plain)) and losses(ours) == losses(plain)
+
+
+# the loss
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_configured_blocks_are_kept(family):
+    model, blocks_of = tiny_model(family, layers=4), decoder_blocks
+    kept = KeptHiddenStates(blocks_of(model), (1, 3))
+    ids = torch.randint(0, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+    final = []
+    blocks_of(model)[3].register_forward_hook(lambda m, a, o: final.append(o[0] if isinstance(o, tuple) else o))
+    with kept.during(True):
+        states = model(ids, output_hidden_states=True).hidden_states
+    ours = kept.take(7)
+    assert [state is not None for state in ours] == [False, False, True, False, True]
+    assert torch.equal(ours[2], states[2]) and torch.equal(ours[4], final[0])
+    with kept.during(False):
+        model(ids)
+    assert kept._kept == {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("make_rows", [single_target_rows, language_model_rows])
+def test_the_logged_loss_is_the_stated_one(tmp_path, family, make_rows):
+    """One step over one batch, the parts taken from the model's own outputs; then the parts that were logged."""
+    rows = make_rows(4)
+    carma = replace(CARMA, mi_layers=(0, 1))
+    batch = batch_of(rows)
+    constituent_ids, targets = batch.pop("constituent_ids"), batch.pop("target_ids", None)
+    model = tiny_model(family)
+    outputs = model(**batch, output_hidden_states=True)
+    task_loss = outputs.loss if targets is None else F.cross_entropy(outputs.logits[:, -1], targets)
+    terms = CarmaLoss(carma)(outputs.hidden_states, constituent_ids, batch["attention_mask"])
+    no_dropout(model)
+    logged = trained(tmp_path, rows, model, carma=carma, max_steps=1).state.log_history[0]
+    expected = dict(
+        loss=0.6 * task_loss + 0.4 * terms.total, task_loss=task_loss, mutual_information=terms.mutual_information,
+        stability=terms.stability, weighted_task_loss=0.6 * task_loss,
+        weighted_mutual_information=0.4 * 0.5 * terms.mutual_information, weighted_stability=0.4 * 0.7 * terms.stability,
+    )
+    for name, value in expected.items():
+        assert logged[name] == pytest.approx(value.item(), rel=1e-5), name
+
+
+def no_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def test_terms_are_averaged_over_the_logging_window(tmp_path):
+    rows = single_target_rows()
+    settings = dict(max_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    each = trained(tmp_path, rows, logging_steps=1, **settings).state.log_history[:4]
+    pairs = trained(tmp_path, rows, logging_steps=2, **settings).state.log_history[:2]
+    for name in ("loss", "task_loss", "mutual_information", "weighted_stability"):
+        assert pairs[1][name] == pytest.approx((each[2][name] + each[3][name]) / 2, rel=1e-6)
+    parts = sum(value for name, value in pairs[0].items() if name.startswith("weighted_"))
+    assert parts == pytest.approx(pairs[0]["loss"], rel=1e-5)
+
+
+def test_terms_that_are_off_are_not_logged(tmp_path):
+    logged = trained(tmp_path, single_target_rows(), carma=replace(CARMA, stability_weight=0)).state.log_history[0]
+    assert "mutual_information" in logged and not [name for name in logged if "stability" in name]
+    assert "task_loss" not in trained(tmp_path, single_target_rows(), carma=None).state.log_history[0]
+
+
+# accumulation, processes, resumption
+
+
+@pytest.mark.parametrize("make_rows", [single_target_rows, language_model_rows])
+def test_accumulation_leaves_the_loss_as_it_is(tmp_path, make_rows):
+    """Every micro-batch holds the same two texts, so all divisions of a batch of 8 must agree."""
+    rows = make_rows(2)
+    rows = rows.select([0, 1] * 8)
+
+    def run(size, accumulation):
+        model = tiny_model("gpt2")
+        no_dropout(model)
+        return trained(
+            tmp_path, rows, model, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+            train_sampling_strategy="sequential",
+        )
+
+    whole = run(8, 1)
+    for accumulation in (2, 4):
+        split = run(8 // accumulation, accumulation)
+        assert losses(split) == pytest.approx(losses(whole), rel=1e-6)
+        torch.testing.assert_close(weights(split), weights(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_train_like_one(tmp_path):
+    script = Path(__file__).with_name("two_processes.py")
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script), str(tmp_path)]
+    subprocess.run([sys.executable, *command], env=environment, check=True, timeout=300, capture_output=True)
+    for kind, make_rows in (("single_target", single_target_rows), ("language_model", language_model_rows)):
+        two = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
+        model = tiny_model("gpt2")
+        no_dropout(model)
+        one = trained(tmp_path, make_rows(2).select([0, 1] * 8), model, train_sampling_strategy="sequential")
+        assert two["losses"] == pytest.approx(losses(one), rel=1e-6)
+        assert two["stability"] == pytest.approx(one.state.log_history[0]["stability"], rel=1e-6)
+        torch.testing.assert_close(two["weights"], weights(one), rtol=1e-4, atol=1e-5)
+
+
+def test_resumed_run_equals_the_unbroken_one(tmp_path):
+    rows = single_target_rows()
+    carma = replace(CARMA, num_negatives=2)  # sampled: the draws must be the same ones
+    settings = dict(max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, seed=7, optim="adamw_torch")
+    unbroken = trained(tmp_path / "a", rows, carma=carma, save_strategy="steps", save_steps=2, **settings)
+    resumed = CarmaTrainer(
+        tiny_model("gpt2", seed=5), arguments(tmp_path / "b", **settings), carma=carma, train_dataset=rows,
+        processing_class=TOKENIZER,
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert losses(resumed) == losses(unbroken) and torch.equal(weights(resumed), weights(unbroken))
+    other = trained(tmp_path / "c", rows, carma=carma, **(settings | dict(seed=8)))
+    assert losses(other) != losses(unbroken)
+
+
+# memory savers, compilation, precision, adapters
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, family, use_reentrant):
+    rows = single_target_rows()
+    plain = trained(tmp_path, rows, tiny_model(family))
+    saving = trained(
+        tmp_path, rows, tiny_model(family), gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+    )
+    assert losses(saving) == pytest.approx(losses(plain), rel=1e-6)
+    torch.testing.assert_close(weights(saving), weights(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_model(tmp_path):
+    rows, model = single_target_rows(), tiny_model("llama")
+    plain = trained(tmp_path, rows, model)
+    compiled = trained(
+        tmp_path, rows, tiny_model("llama"), torch_compile=True, torch_compile_backend="aot_eager", eval_dataset=rows,
+        eval_strategy="steps", eval_steps=1,
+    )
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+    assert compiled.state.log_history[0]["stability"] == pytest.approx(plain.state.log_history[0]["stability"], rel=1e-5)
+
+
+def test_bf16(tmp_path):
+    full = trained(tmp_path, single_target_rows(), tiny_model("llama"))
+    half = trained(tmp_path, single_target_rows(), tiny_model("llama"), bf16=True)
+    assert losses(half) == pytest.approx(losses(full), rel=0.02) and losses(half) != losses(full)
+
+
+def adapters():
+    from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
+
+    task = dict(task_type="CAUSAL_LM")
+    return [
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **task),
+        IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **task),
+        AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"], **task),
+        PromptTuningConfig(num_virtual_tokens=3, **task),
+        PrefixTuningConfig(num_virtual_tokens=3, **task),
+    ]
+
+
+@pytest.mark.parametrize("adapter", adapters(), ids=lambda adapter: type(adapter).__name__)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters(tmp_path, adapter, checkpointing):
+    from peft import get_peft_model
+
+    prefix = type(adapter).__name__ == "PrefixTuningConfig"
+    if prefix and checkpointing:
+        pytest.skip("peft: prefix tuning does not work with gradient checkpointing")
+    model = get_peft_model(tiny_model("llama"), adapter)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    trainer = trained(
+        tmp_path, single_target_rows(), model, eval_dataset=single_target_rows(), gradient_checkpointing=checkpointing,
+        carma=replace(CARMA, carma_weight=1), max_steps=3,
+    )
+    changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
+    assert changed and all(model.get_parameter(name).requires_grad for name in changed)
+    assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+
+
+# evaluation
+
+
+def test_evaluation_and_best_checkpoint(tmp_path):
+    rows = single_target_rows()
+    trainer = trained(
+        tmp_path, rows, eval_dataset=rows, max_steps=8, learning_rate=3e-2, optim="adamw_torch", eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2, load_best_model_at_end=True, metric_for_best_model="accuracy",
+        per_device_eval_batch_size=3,
+    )
+    accuracies = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    assert trainer.state.best_metric == max(accuracies) and len(set(accuracies)) > 1
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy"] == max(accuracies)
+    batch = batch_of(rows)
+    targets = batch.pop("target_ids")
+    del batch["constituent_ids"]
+    with torch.no_grad():
+        logits = trainer.model.eval()(**batch).logits[:, -1]
+    assert metrics["eval_task_loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert metrics["eval_accuracy"] == (logits.argmax(-1) == targets).double().mean().item()
+    predicted, cross_entropies = trainer.predict(rows).predictions
+    assert predicted.tolist() == logits.argmax(-1).tolist() and cross_entropies.shape == (8,)
+
+
+def test_evaluation_with_labels_is_the_task_loss_alone(tmp_path):
+    rows = language_model_rows(4)
+    trainer = trained(tmp_path, rows, eval_dataset=rows)
+    metrics = trainer.evaluate()
+    batch = batch_of(rows)
+    del batch["constituent_ids"]
+    with torch.no_grad():
+        assert metrics["eval_loss"] == pytest.approx(trainer.model.eval()(**batch).loss.item(), rel=1e-5)
+    assert "eval_accuracy" not in metrics
+
+
+def test_logits_only_where_they_are_read(tmp_path):
+    model, shapes = tiny_model("gpt2"), []
+    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
+    trained(tmp_path, single_target_rows(), model, eval_dataset=single_target_rows()).evaluate()
+    assert set(shapes) == {1}
+
+
+# errors at the door
+
+
+def test_models_that_cannot_be_trained(tmp_path):
+    small = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    bert = AutoConfig.for_model("bert", **small)
+    t5 = AutoConfig.for_model("t5", vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    encoders = [AutoModelForMaskedLM.from_config(bert), AutoModelForCausalLM.from_config(bert)]
+    for model in (*encoders, AutoModelForSeq2SeqLM.from_config(t5), torch.nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="is no decoder-only language model"):
+            CarmaTrainer(model, arguments(tmp_path), carma=CARMA, processing_class=TOKENIZER)
+    model = tiny_model("gpt2")
+    model.transformer.h = torch.nn.Sequential(*model.transformer.h)
+    with pytest.raises(TypeError, match="no list of 3 decoder blocks"):
+        CarmaTrainer(model, arguments(tmp_path), carma=CARMA, processing_class=TOKENIZER)
+
+
+def test_layers_that_do_not_exist(tmp_path):
+    with pytest.raises(ValueError, match="the config reads block 7, the model has blocks 0 to 2"):
+        CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=CarmaConfig(), processing_class=TOKENIZER)
+
+
+def test_no_tokenizer_and_no_collator(tmp_path):
+    with pytest.raises(ValueError, match="pass the tokenizer"):
+        CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=CARMA)
+
+
+def test_bad_batches_stop_before_a_step(tmp_path):
+    rows = single_target_rows()
+    with pytest.raises(ValueError, match="needs constituent_ids in every batch"):
+        trained(tmp_path, rows.remove_columns("constituent_ids"))
+
+    def pad_right(batch):
+        return {name: tensor.flip(1) if tensor.dim() == 2 else tensor for name, tensor in Collator(TOKENIZER)(batch).items()}
+
+    trainer = CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=CARMA, train_dataset=rows, data_collator=pad_right)
+    with pytest.raises(ValueError, match="padded on the left"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("carma, message", [(None, "the loss is nan at step 0"), (CARMA, "NaN or infinity")])
+def test_nan_in_the_loss(tmp_path, carma, message):
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.bias.fill_(float("nan"))
+    before = model.lm_head.weight.clone()
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path, single_target_rows(), model, carma=carma)
+    assert torch.equal(model.lm_head.weight, before)
+
+
+def test_frozen_below_the_terms(tmp_path):
+    model = tiny_model("gpt2")
+    model.requires_grad_(False)
+    model.transformer.h[2].requires_grad_(True)
+    with pytest.raises(ValueError, match="the output of block 1 has no gradient"):
+        trained(tmp_path, single_target_rows(), model, carma=replace(CARMA, mi_layers=(0, 1)))
