@@ -88,23 +88,38 @@ def small_model(family: str, tokenizer: PreTrainedTokenizerFast, *, layers: int 
         return AutoModelForCausalLM.from_config(config)
 
 
-def load_model(name_or_folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A causal language model and its fast tokenizer, from a local folder or the hub; never runs remote code.
+def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer, padding on the left, from a local folder or the hub.
 
-    Raises `ModelNotFound` for an absent or gated model and `TypeError` for one without a fast tokenizer.
+    Raises `ModelNotFound` where there is none, `TypeError` for a slow one.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-        model = AutoModelForCausalLM.from_pretrained(name_or_folder)
     except (OSError, ValueError) as error:
-        where = "the folder holds no model" if Path(name_or_folder).is_dir() else (
-            "it is no local folder and the hub gave none (absent, gated or no network)")
-        raise ModelNotFound(f"cannot load the model '{name_or_folder}': {where}. Give a folder made by "
-                            "save_pretrained, or a hub id you may read (for a gated one, log in first).") from error
+        raise _not_found(name_or_folder, "tokenizer") from error
     if not tokenizer.is_fast:
         raise TypeError(f"the tokenizer of '{name_or_folder}' is slow and gives no character offsets; "
                         "constituents need a fast one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model, tokenizer
+    return tokenizer
+
+
+def load_model(name_or_folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A causal language model and its fast tokenizer, from a local folder or the hub; never runs remote code.
+
+    Raises `ModelNotFound` for an absent or gated model, `TypeError` for one without a fast tokenizer.
+    """
+    tokenizer = load_tokenizer(name_or_folder)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_folder), tokenizer
+    except (OSError, ValueError) as error:
+        raise _not_found(name_or_folder, "causal language model") from error
+
+
+def _not_found(name_or_folder: str, what: str) -> ModelNotFound:
+    why = "the folder holds none" if Path(name_or_folder).is_dir() else (
+        "it is no local folder, and the hub gave none (absent, gated or no network)")
+    return ModelNotFound(f"cannot load a {what} from '{name_or_folder}': {why}. Give a folder made by "
+                         "save_pretrained, or a hub id you may read (for a gated one, log in first).")

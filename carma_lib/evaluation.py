@@ -1,0 +1,190 @@
+"""Clean, replaced and pooled runs of a trained model → the long result table, one row an item and condition.
+
+The answer is the single most likely token of the whole vocabulary after the prompt's last token (as published:
+exact match, no restriction to the task's labels).
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import torch
+
+from carma_lib.collation import Collator, encode
+from carma_lib.experiment import Cell, run_parallel, task_prompt
+from carma_lib.files import fingerprint, read_json
+from carma_lib.lexicon import synonym_forms
+from carma_lib.models import Prompt, load_model
+from carma_lib.perturbation import replace_all
+from carma_lib.pooling import PROTOCOLS, pooling_grid, start_layers_from_depth
+from carma_lib.results import RESULT_COLUMNS, read_results, write_results
+from carma_lib.tasks import load_task, task_named
+from carma_lib.tasks.controlled import controlled_synonyms
+
+LEVELS = ("word", "phrase")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under what a model is evaluated.
+
+    splits: of the task, every test split if empty. rates: shares of content words replaced; the clean run is
+    always made. depth_shares: where pooling starts, as shares of depth. test_items: first so many of each
+    split, 0 for all. replacement_seed: one for all models, so that all read the same changed texts.
+    """
+
+    rates: tuple[float, ...] = (0.1, 0.25, 0.4)
+    depth_shares: tuple[float, ...] = (0.01, 0.5, 1.0)
+    protocols: tuple[str, ...] = PROTOCOLS
+    levels: tuple[str, ...] = LEVELS
+    splits: tuple[str, ...] = ()
+    test_items: int = 0
+    replacement_seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if any(not 0 < rate <= 1 for rate in self.rates):
+            raise ValueError(f"rates must lie in (0, 1], not {self.rates}")
+        if any(not 0 < share <= 1 for share in self.depth_shares):
+            raise ValueError(f"depth_shares must lie in (0, 1], not {self.depth_shares}")
+        for name, known in (("protocols", PROTOCOLS), ("levels", LEVELS)):
+            if unknown := set(getattr(self, name)) - set(known):
+                raise ValueError(f"unknown {name} {sorted(unknown)}; there are {', '.join(known)}")
+        if self.batch_size < 1 or self.test_items < 0:
+            raise ValueError("batch_size must be at least 1, test_items at least 0")
+
+
+def test_rows(run_dir: Path, task: str, conditions: Conditions) -> dict[str, datasets.Dataset]:
+    """The splits to evaluate. `ValueError` for one that the task does not have."""
+    rows = load_task(run_dir / "data" / task)
+    splits = conditions.splits or tuple(name for name in rows if name.startswith("test"))
+    if unknown := [split for split in splits if split not in rows]:
+        raise ValueError(f"{task} has no split '{unknown[0]}'; it has {', '.join(rows)}")
+    kept = {split: rows[split] for split in splits}
+    if conditions.test_items:
+        kept = {split: items.select(range(min(conditions.test_items, len(items)))) for split, items in kept.items()}
+    return kept
+
+
+def replaced_rows(rows: datasets.Dataset, task: str, *, rate: float, seed: int,
+                  cache_dir: Path) -> tuple[datasets.Dataset, list[int]]:
+    """The rows with synonyms in their texts, and how many words of each were replaced.
+
+    The target word and its forms are never introduced into a definition.
+    """
+    known = task_named(task)
+    replaced = replace_all(
+        rows["text"], rate=rate, seed=seed, item_ids=rows["item_id"], cache_dir=cache_dir,
+        source=controlled_synonyms() if known.synonyms == "controlled" else synonym_forms,
+        forbidden=rows["target"] if known.kind == "inverse_dictionary" else None)
+    changed = rows.remove_columns(["text", "phrases"]).add_column("text", [each.text for each in replaced])
+    return changed.add_column("phrases", [[] for _ in replaced], feature=rows.features["phrases"]), \
+        [each.made for each in replaced]
+
+
+def evaluate_model(model: Any, tokenizer: Any, rows: datasets.Dataset, *, prompt: Prompt,
+                   replaced: dict[float, tuple[datasets.Dataset, list[int]]],
+                   conditions: Conditions) -> pd.DataFrame:
+    """All conditions of one split: item_id, target and the columns from `condition` on of the result table."""
+    depth = model.config.num_hidden_layers
+    shares = dict(zip(start_layers_from_depth(depth, conditions.depth_shares), conditions.depth_shares))
+    parts = [_answers(model, tokenizer, rows, prompt, conditions, {}, "word")]
+    for level in conditions.levels if conditions.depth_shares and conditions.protocols else ():
+        parts.append(_answers(model, tokenizer, rows, prompt, conditions, shares, level))
+    for rate, (texts, changed) in replaced.items():
+        part = _answers(model, tokenizer, texts, prompt, conditions, {}, "word")
+        parts.append(part.assign(condition="replaced", rate=rate, changed=changed))
+    return pd.concat(parts, ignore_index=True)
+
+
+@torch.no_grad()
+def _answers(model: Any, tokenizer: Any, rows: datasets.Dataset, prompt: Prompt, conditions: Conditions,
+             shares: dict[int, float], level: str) -> pd.DataFrame:
+    """Clean answers where `shares` is empty, else pooled ones for each start layer and protocol."""
+    encoded = encode(rows, tokenizer, prefix=prompt.prefix, suffix=prompt.suffix, level=level)
+    order = sorted(range(len(encoded)), key=lambda row: encoded["length"][row])
+    collate, device = Collator(tokenizer), next(model.parameters()).device
+    pieces: dict[tuple[int, str], list[pd.DataFrame]] = {}
+    model.eval()
+    for first in range(0, len(order), conditions.batch_size):
+        places = order[first:first + conditions.batch_size]
+        batch = {name: value.to(device) for name, value in collate([encoded[place] for place in places]).items()}
+        grid = pooling_grid(model, batch["input_ids"], batch["attention_mask"], batch["constituent_ids"],
+                            start_layers=list(shares), protocols=conditions.protocols if shares else ())
+        changed = grid.changed.cpu().numpy() if shares else 0
+        for key, logits in (grid.pooled if shares else {(-1, ""): grid.clean}).items():
+            pieces.setdefault(key, []).append(_score(logits, batch["target_ids"]).assign(
+                row=places, changed=changed))
+    frames = []
+    for (layer, protocol), piece in pieces.items():
+        frame = pd.concat(piece).sort_values("row")
+        frames.append(frame.drop(columns="row").assign(
+            item_id=rows["item_id"], target=rows["target"], condition="pooled" if shares else "clean", rate=0.0,
+            start_layer=layer, depth_share=shares.get(layer, float("nan")), protocol=protocol,
+            level=level if shares else ""))
+    answers = pd.concat(frames, ignore_index=True)
+    words = {token: tokenizer.decode([token]).strip() for token in answers["prediction"].unique()}
+    return answers.assign(prediction=answers["prediction"].map(words))
+
+
+def _score(logits: torch.Tensor, targets: torch.Tensor) -> pd.DataFrame:
+    """Prediction (token id), correctness, rank and log-probability of the target, from logits (batch, vocabulary)."""
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model's logits are not finite; it was not trained well, or its weights are damaged")
+    log_probability = logits.float().log_softmax(-1)
+    of_target = log_probability.gather(1, targets[:, None])
+    prediction = log_probability.argmax(-1)
+    return pd.DataFrame({
+        "prediction": prediction.cpu().numpy(), "correct": (prediction == targets).cpu().numpy(),
+        "rank": (1 + (log_probability > of_target).sum(-1)).cpu().numpy(),
+        "log_probability": of_target[:, 0].double().cpu().numpy()})
+
+
+def evaluate_cell(run_dir: Path, cell: Cell, conditions: Conditions) -> Path:
+    """Evaluate one trained cell on the task's test splits; its part of the table, kept if already made."""
+    folder = run_dir / "models" / cell.place
+    facts = read_json(folder / "cell.json")
+    if facts is None:
+        raise FileNotFoundError(f"no finished model in {folder}: run notebook 02 first")
+    mark = fingerprint(facts["mark"], conditions.__dict__)
+    path = run_dir / "parts" / cell.place.with_suffix(f".{mark}.parquet")
+    if path.is_file():
+        return path
+    model, tokenizer = load_model(str(folder))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    prompt = task_prompt(cell.task, model.config.model_type, facts["start"])
+    parts = []
+    for split, rows in test_rows(run_dir, cell.task, conditions).items():
+        replaced = {rate: replaced_rows(rows, cell.task, rate=rate, seed=conditions.replacement_seed,
+                                        cache_dir=run_dir / "cache") for rate in conditions.rates}
+        parts.append(evaluate_model(model, tokenizer, rows, prompt=prompt, replaced=replaced,
+                                    conditions=conditions).assign(split=split))
+    frame = pd.concat(parts, ignore_index=True).assign(
+        task=cell.task, method=cell.method, seed=cell.seed, model=facts["model"], budget=facts["budget"],
+        start=facts["start"])
+    frame["source"] = (frame["condition"] == "replaced").map({True: task_named(cell.task).synonyms, False: ""})
+    write_results(frame[list(RESULT_COLUMNS)], path)
+    return path
+
+
+def evaluate_cells(run_dir: Path, cells: Sequence[Cell], conditions: Conditions, *, workers: int = 1) -> Path:
+    """Evaluate every cell in `workers` processes and write the whole table, `results.parquet`."""
+    for task in dict.fromkeys(cell.task for cell in cells):  # once, so that workers find the texts in the cache
+        for rows in test_rows(run_dir, task, conditions).values():
+            for rate in conditions.rates:
+                replaced_rows(rows, task, rate=rate, seed=conditions.replacement_seed, cache_dir=run_dir / "cache")
+    parts = run_parallel(evaluate_cell, [(run_dir, cell, conditions) for cell in cells], workers=workers,
+                         description=f"evaluating {len(cells)} models", unit="model")
+    return write_results(read_results(parts), run_dir / "results.parquet")
+
+
+def trained_cells(run_dir: Path) -> list[Cell]:
+    """The finished cells of a run folder, starts included, in order."""
+    found = [read_json(path) for path in (run_dir / "models").glob("*/*/seed-*/cell.json")]
+    if not found:
+        raise FileNotFoundError(f"no finished model in {run_dir}: run notebook 02 first")
+    return sorted(Cell(facts["task"], facts["method"], facts["seed"]) for facts in found)

@@ -1,0 +1,385 @@
+"""`nbs_ci.yml` → papermill: the notebooks in order, one run folder, one report.
+
+A run folder holds `status.json`, executed copies in `notebooks/`, and whatever the notebooks make. It belongs
+to one set of parameters and one state of the code; `--resume` skips notebooks that are done.
+"""
+from __future__ import annotations
+
+import ast
+import os
+import sys
+import threading
+import time
+import _thread
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from carma_lib.files import fingerprint, read_json, whole_file, write_json
+
+MANIFEST = "nbs_ci.yml"
+
+
+class RunError(Exception):
+    """Why a run cannot start or go on, in one line that names the way out."""
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """One entry of the manifest."""
+
+    name: str
+    path: Path
+    needs: tuple[str, ...]
+    makes: tuple[str, ...]
+    cell_seconds: int
+    total_seconds: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: the notebooks in order, each with the parameters that differ from its own."""
+
+    profile: str
+    run_dir: Path
+    notebooks: tuple[Notebook, ...]
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Per notebook: its parameters, its source, the library, and all that of the notebooks before it."""
+        library = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))
+                   if path.name not in ("pipeline.py", "__main__.py", "report.py")]
+        before, result = fingerprint(library), {}
+        for notebook in self.notebooks:
+            before = fingerprint(before, self.parameters[notebook.name], _source(notebook.path))
+            result[notebook.name] = before
+        return result
+
+
+def project_root() -> Path:
+    """The nearest folder at or above the working directory, or this package, that holds `nbs_ci.yml`."""
+    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parent.parent):
+        if (folder / MANIFEST).is_file():
+            return folder
+    raise RunError(f"no {MANIFEST} here or above; run from a clone of the repository")
+
+
+def read_manifest(root: Path) -> tuple[list[Notebook], dict[str, dict[str, dict[str, Any]]]]:
+    """The notebooks and the profiles (profile → notebook → parameters) of `nbs_ci.yml`. `RunError` if malformed."""
+    try:
+        manifest = yaml.safe_load((root / MANIFEST).read_text(encoding="utf-8"))
+        notebooks = [Notebook(entry["name"], root / "notebooks" / f"{entry['name']}.ipynb",
+                              tuple(entry["needs"]), tuple(entry["makes"]), int(entry["cell_seconds"]),
+                              int(entry["total_seconds"])) for entry in manifest["notebooks"]]
+        return notebooks, {name: profile or {} for name, profile in manifest["profiles"].items()}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{root / MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def make_plan(profile: str, *, run_dir: Path | None = None, settings: dict[str, str] | None = None,
+              root: Path | None = None) -> Plan:
+    """Check everything that can be checked before the first cell runs.
+
+    settings: `name` or `notebook.name` → literal, over the profile's own parameters.
+    Raises `RunError` for an unknown profile, notebook or parameter, and for a value of another type.
+    """
+    root = root or project_root()
+    notebooks, profiles = read_manifest(root)
+    if profile not in profiles:
+        raise RunError(f"unknown profile '{profile}'; {MANIFEST} has {', '.join(profiles)}")
+    names = [notebook.name for notebook in notebooks]
+    for name in profiles[profile]:
+        if name not in names:
+            raise RunError(f"profile '{profile}' names the notebook '{name}', which {MANIFEST} does not list")
+    notebooks = [notebook for notebook in notebooks if profiles[profile].get(notebook.name, {}) is not False]
+    known = {notebook.name: _declared_parameters(notebook) for notebook in notebooks}
+    chosen = {notebook.name: dict(profiles[profile].get(notebook.name) or {}) for notebook in notebooks}
+    run_dir = (Path.cwd() / run_dir) if run_dir else root / "runs" / profile
+    if run_dir.resolve() != (root / "runs" / "default").resolve():
+        for parameters in chosen.values():
+            parameters["run_dir"] = str(run_dir)
+    _apply_settings(settings or {}, chosen, known)
+    for name, parameters in chosen.items():
+        _check_types(name, parameters, known[name])
+    return Plan(profile, run_dir, tuple(notebooks), chosen)
+
+
+def _declared_parameters(notebook: Notebook) -> dict[str, Any]:
+    import papermill
+
+    if not notebook.path.is_file():
+        raise RunError(f"{MANIFEST} lists {notebook.name}, but {notebook.path} is missing")
+    declared = papermill.inspect_notebook(str(notebook.path))
+    if not declared:
+        raise RunError(f"{notebook.name} has no cell tagged 'parameters'")
+    return {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
+
+
+def _apply_settings(settings: dict[str, str], chosen: dict[str, dict[str, Any]],
+                    known: dict[str, dict[str, Any]]) -> None:
+    for key, literal in settings.items():
+        notebook, _, name = key.rpartition(".")
+        targets = [notebook] if notebook else [target for target in known if name in known[target]]
+        if not targets or any(target not in known or name not in known[target] for target in targets):
+            available = sorted({name for parameters in known.values() for name in parameters})
+            raise RunError(f"no notebook has the parameter '{key}'; there are {', '.join(available)}")
+        try:
+            value = ast.literal_eval(literal)
+        except (ValueError, SyntaxError):
+            value = literal
+        for target in targets:
+            chosen[target][name] = value
+
+
+def _check_types(notebook: str, parameters: dict[str, Any], known: dict[str, Any]) -> None:
+    for name, value in parameters.items():
+        if name not in known:
+            raise RunError(f"{notebook} has no parameter '{name}'; it has {', '.join(known)}")
+        wanted = type(known[name])
+        if not (type(value) is wanted or (wanted is float and type(value) is int)):
+            raise RunError(f"{notebook}: '{name}' takes {wanted.__name__}, such as {known[name]!r}, not {value!r}")
+
+
+def _source(path: Path) -> list[list[str]]:
+    import nbformat
+
+    return [[cell.cell_type, cell.source] for cell in nbformat.read(path, as_version=4).cells]
+
+
+def describe(plan: Plan, *, resume: bool) -> str:
+    """What a run would do, for `--dry-run`: notebooks, parameters, inputs and outputs, what is done already."""
+    status = read_json(plan.run_dir / "status.json") or {"notebooks": {}}
+    lines = [f"profile {plan.profile} → {plan.run_dir}"]
+    for notebook in plan.notebooks:
+        entry = status["notebooks"].get(notebook.name, {})
+        done = entry.get("state") == "done" and entry.get("fingerprint") == plan.fingerprints[notebook.name]
+        took = f", took {entry['seconds']:.0f} s before" if entry.get("seconds") else ""
+        lines.append(f"\n{notebook.name}: {'done, will be skipped' if done and resume else 'will run'}"
+                     f" (at most {notebook.total_seconds} s{took})")
+        lines += [f"    {name} = {value!r}" for name, value in plan.parameters[notebook.name].items()]
+        lines.append(f"    needs {', '.join(notebook.needs) or 'nothing'}; makes {', '.join(notebook.makes)}")
+    return "\n".join(lines + ["", f"at the end: {plan.run_dir / 'report.html'}"])
+
+
+def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
+    """Run the plan and return the report's path; raises `RunError` at the first failure.
+
+    resume: skip the notebooks that are done with the same parameters and code.
+    fresh: throw away what an earlier run left in the folder.
+    """
+    from carma_lib.report import write_report
+
+    with _only_run_in(plan.run_dir):
+        status = _open_status(plan, resume=resume, fresh=fresh)
+        for number, notebook in enumerate(plan.notebooks, start=1):
+            entry = status["notebooks"][notebook.name]
+            label = f"[{number}/{len(plan.notebooks)}] {notebook.name}"
+            if entry["state"] == "done" and _makes_present(plan, notebook):
+                print(f"{label}: done before, skipped", flush=True)
+                continue
+            print(f"{label}: running", flush=True)
+            _run_one(plan, notebook, status)
+            print(f"{label}: done in {entry['seconds']:.0f} s", flush=True)
+        copies = [plan.run_dir / "notebooks" / f"{notebook.name}.ipynb" for notebook in plan.notebooks]
+        return write_report(plan.run_dir, notebooks=copies, title=f"CARMA: profile {plan.profile}")
+
+
+@contextmanager
+def _only_run_in(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder for this process; a lock left by a process that is gone does not count."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = run_dir / "lock"
+    try:
+        with open(lock, "x", encoding="utf-8") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        holder = lock.read_text(encoding="utf-8").strip()
+        if holder.isdigit() and _is_alive(int(holder)):
+            raise RunError(f"{run_dir} is in use by process {holder}; wait for it, or give another --run-dir"
+                           ) from None
+        lock.write_text(str(os.getpid()), encoding="utf-8")
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _open_status(plan: Plan, *, resume: bool, fresh: bool) -> dict[str, Any]:
+    import shutil
+
+    status_file = plan.run_dir / "status.json"
+    before = read_json(status_file)
+    if before is not None and not (resume or fresh):
+        raise RunError(f"{plan.run_dir} already holds a run; add --resume to go on with it, --fresh to start anew")
+    if before is not None and resume:
+        changed = {name: entry["parameters"] for name, entry in before["notebooks"].items()
+                   if name in plan.parameters and entry["parameters"] != plan.parameters[name]}
+        if changed:
+            name, old = next(iter(changed.items()))
+            keys = sorted(key for key in {*old, *plan.parameters[name]}
+                          if old.get(key) != plan.parameters[name].get(key))
+            raise RunError(f"{plan.run_dir} holds a run with other parameters ({name}: {', '.join(keys)}); "
+                           "give another --run-dir, or --fresh to start anew")
+        stale = [name for name, mark in plan.fingerprints.items()
+                 if before["notebooks"].get(name, {"fingerprint": mark})["fingerprint"] != mark]
+        if stale:
+            raise RunError(f"{plan.run_dir} was made by another state of the code or notebooks (first: {stale[0]}); "
+                           "--fresh starts anew, another --run-dir keeps both")
+    if before is None or fresh:
+        for path in plan.run_dir.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        before = {"profile": plan.profile, "notebooks": {}}
+    for name, mark in plan.fingerprints.items():
+        before["notebooks"].setdefault(name, {"state": "waiting", "fingerprint": mark,
+                                              "parameters": plan.parameters[name]})
+    write_json(status_file, before)
+    return before
+
+
+def _makes_present(plan: Plan, notebook: Notebook) -> bool:
+    return all(any(plan.run_dir.glob(pattern)) for pattern in notebook.makes)
+
+
+def _run_one(plan: Plan, notebook: Notebook, status: dict[str, Any]) -> None:
+    import papermill
+    from nbclient.exceptions import CellTimeoutError
+
+    entry = status["notebooks"][notebook.name]
+    missing = [pattern for pattern in notebook.needs if not any(plan.run_dir.glob(pattern))]
+    if missing:
+        raise RunError(f"{notebook.name} needs {missing[0]} in {plan.run_dir}, which is not there; "
+                       "run the notebooks before it")
+
+    def record(state: str, **facts: Any) -> None:
+        entry.update(state=state, seconds=round(time.monotonic() - started, 1), **facts)
+        write_json(plan.run_dir / "status.json", status)
+
+    started = time.monotonic()
+    record("running")
+    copy = plan.run_dir / "notebooks" / f"{notebook.name}.ipynb"
+    failed = copy.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
+    out_of_time = threading.Event()
+    watch = threading.Timer(notebook.total_seconds, lambda: (out_of_time.set(), _thread.interrupt_main()))
+    watch.daemon = True
+    with whole_file(copy) as temporary:
+        watch.start()
+        try:
+            papermill.execute_notebook(
+                str(notebook.path), str(temporary), parameters=plan.parameters[notebook.name],
+                kernel_name="python3", cwd=str(notebook.path.parent.parent), progress_bar=True,
+                stdout_file=sys.stdout, stderr_file=sys.stderr, execution_timeout=notebook.cell_seconds)
+        except BaseException as error:
+            tidy_notebook(temporary)
+            temporary.replace(failed)
+            if isinstance(error, KeyboardInterrupt) and not out_of_time.is_set():
+                record("interrupted")
+                raise
+            where, why = _failure(error, notebook, out_of_time.is_set(), isinstance(error, CellTimeoutError))
+            record("failed", error=f"{where}: {why}")
+            raise RunError(f"{notebook.name}, {where}: {why}\n  executed so far: {failed}") from error
+        finally:
+            watch.cancel()
+        tidy_notebook(temporary)
+    if not _makes_present(plan, notebook):
+        record("failed", error="it ran, but did not make what the manifest says")
+        raise RunError(f"{notebook.name} ran, but did not make {', '.join(notebook.makes)} in {plan.run_dir}")
+    record("done")
+
+
+def _failure(error: BaseException, notebook: Notebook, out_of_time: bool, cell_timeout: bool) -> tuple[str, str]:
+    """Where and why a notebook stopped, each in a few words."""
+    import papermill
+
+    if out_of_time:
+        return "total time", f"not done after {notebook.total_seconds} s; raise total_seconds in {MANIFEST}"
+    if cell_timeout:
+        return "cell time", f"a cell ran longer than {notebook.cell_seconds} s; raise cell_seconds in {MANIFEST}"
+    if isinstance(error, papermill.PapermillExecutionError):
+        return f"cell {error.cell_index}", f"{error.ename}: {error.evalue}"
+    return "while running", f"{type(error).__name__}: {error}"
+
+
+def tidy_notebook(path: Path) -> None:
+    """Drop progress bars, widget state and papermill's own records; join streams that papermill cut in pieces."""
+    import nbformat
+
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (OSError, ValueError):  # nothing was written yet
+        return
+    notebook.metadata = {key: value for key, value in notebook.metadata.items()
+                         if key in ("kernelspec", "language_info")}
+    for cell in notebook.cells:
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        if cell.cell_type != "code":
+            continue
+        outputs: list[Any] = []
+        for output in cell.outputs:
+            if output.output_type == "stream":
+                if output.name == "stderr" and "\r" in output.text:
+                    continue
+                if outputs and outputs[-1].output_type == "stream" and outputs[-1].name == output.name:
+                    outputs[-1].text += output.text
+                    continue
+            outputs.append(output)
+        cell.outputs = [output for output in outputs
+                        if not (output.output_type == "stream" and not output.text.strip())]
+    nbformat.write(notebook, path)
+
+
+def publish(run_dir: Path | None = None) -> list[Path]:
+    """Copy the executed notebooks of a finished default run into `notebooks/`.
+
+    Raises `RunError` if the run is not of the default profile's own parameters, is not done, or the notebooks'
+    sources have changed since.
+    """
+    plan = make_plan("default", run_dir=run_dir)
+    status = read_json(plan.run_dir / "status.json") or {"notebooks": {}}
+    written = []
+    for notebook in plan.notebooks:
+        copy = plan.run_dir / "notebooks" / f"{notebook.name}.ipynb"
+        if status["notebooks"].get(notebook.name, {}).get("state") != "done":
+            raise RunError(f"{notebook.name} is not done in {plan.run_dir}; finish the run first")
+        if _source(copy) != _source(notebook.path):
+            raise RunError(f"{notebook.name} has changed since the run in {plan.run_dir}, or ran with other "
+                           "parameters; run it again")
+        with whole_file(notebook.path) as temporary:
+            temporary.write_bytes(copy.read_bytes())
+        written.append(notebook.path)
+    return written
+
+
+def run_folder(run_dir: str | Path) -> Path:
+    """The run folder as a path, made if absent; a relative one counts from the project's root."""
+    folder = project_root() / run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def versions() -> str:
+    """The machine and the versions a notebook was run with, in one line."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, no GPU"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets", "pandas"))
+    return f"{device}; Python {platform.python_version()}, {packages}"

@@ -1,0 +1,63 @@
+"""The WordNet builder on the real database: every pair counted, every filter, three splits, the cache."""
+import time
+
+import pytest
+
+from carma_lib.tasks import DataNotFound, build_task, read_card, wordnet
+
+
+@pytest.fixture(scope="module")
+def pairs(wordnet_database):
+    return wordnet.filtered_pairs()
+
+
+def test_every_pair_is_enumerated(pairs):
+    assert pairs[1][0] == {"filter": "all (lemma, synset) pairs", "pairs": 206_978}
+
+
+def test_filters_by_an_independent_reading(pairs, wordnet_database):
+    kept = set()
+    for synset in wordnet_database.all_synsets():
+        definition = synset.definition().strip()
+        words = {"".join(filter(str.isalpha, part)) for part in definition.lower().replace("-", " ").split()}
+        for lemma in synset.lemma_names():
+            if (lemma.isascii() and lemma.isalpha() and lemma.islower() and len(lemma) > 1
+                    and 3 <= len(definition.split()) <= 40 and lemma not in words):
+                kept.add((lemma, definition))
+    ours = set(zip(pairs[0]["lemma"], pairs[0]["definition"]))
+    assert ours <= kept
+    # the filter's words end at any mark, the reading's only at white space and hyphens ("a/b", "one's")
+    assert len(kept - ours) < 0.005 * len(ours)
+
+
+@pytest.mark.parametrize(("split_by", "column"), [("synset", "text"), ("headword", "target")])
+def test_split_keeps_its_promise(wordnet_database, split_by, column):
+    splits = wordnet.build_rows(seed=42, split_by=split_by).splits
+    values = {split: {row[column] for row in rows} for split, rows in splits.items()}
+    assert not values["train"] & values["test"] and not values["train"] & values["validation"]
+    assert not values["validation"] & values["test"]
+    sizes = {split: len(rows) / sum(map(len, splits.values())) for split, rows in splits.items()}
+    assert abs(sizes["train"] - 0.8) < 0.01 and abs(sizes["test"] - 0.1) < 0.01
+
+
+def test_second_build_comes_from_the_cache(wordnet_database, tmp_path):
+    first = build_task("wordnet_inverse_dictionary", tmp_path / "wordnet")
+    started = time.monotonic()
+    second = build_task("wordnet_inverse_dictionary", tmp_path / "wordnet")
+    assert time.monotonic() - started < 2
+    assert second["test"][:] == first["test"][:]
+    card = read_card(tmp_path / "wordnet")
+    assert card["counts"] == {split: rows.num_rows for split, rows in first.items()}
+    assert card["facts"]["shared_between_train_and_test"]["definitions"] == 0
+
+
+def test_unknown_split_and_missing_wordnet(monkeypatch):
+    with pytest.raises(ValueError, match="synset, headword|row, synset, headword"):
+        wordnet.build_rows(seed=1, split_by="letter")
+
+    def nowhere():
+        raise wordnet.lexicon.WordNetNotFound("install it")
+
+    monkeypatch.setattr(wordnet.lexicon, "definition_pairs", nowhere)
+    with pytest.raises(DataNotFound, match="install it"):
+        wordnet.build_rows(seed=1, split_by="synset")
