@@ -146,7 +146,7 @@ class CarmaTrainer(Trainer):
         forward = {name: value for name, value in inputs.items() if name != "target_ids"}
         if self._keeps_logits:
             forward["logits_to_keep"] = 1
-        outputs = model(**forward, use_cache=False)
+        outputs = model(**forward)
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
         logits = outputs.logits[:, -1].float()
         return F.cross_entropy(logits, inputs["target_ids"], label_smoothing=smoothing), outputs
