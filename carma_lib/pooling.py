@@ -1,23 +1,27 @@
-"""Constituent-Aware Pooling (CAP): how much of a model's answer survives when its constituents become one vector.
+"""Constituent-Aware Pooling (CAP): what of a model's answer survives when a constituent becomes one vector.
 
 At a start layer *l* the residual stream entering block *l* is changed once: the vectors of the tokens of one
-constituent (a word, a phrase) are replaced by their sum, mean or maximum. The blocks from *l* on see the shorter
-sequence as if it had always been that long: positions counted anew, a causal mask (and sliding window) of its length.
+constituent (a word, a phrase) are replaced by their sum, mean or maximum. The blocks from *l* on see the
+shorter sequence as if it had always been that long: positions counted anew, a causal mask (and sliding
+window) of its length.
 
-Method: arXiv 2410.12924 and arXiv 2502.11066. What they leave open is decided here: a real token of no constituent
-(id −1) stays as it is, and so does the prompt's last token whatever its id, so that the answer is always read at
-the same place.
+Method: arXiv 2410.12924 and arXiv 2502.11066. What they leave open is decided here: a real token of no
+constituent (id −1) stays as it is, and so does the prompt's last token whatever its id, so that the answer is
+always read at the same place.
 
-Everything after the change is the model's own code: its forward pass runs with the blocks below the start layer
-passed over and the pooled stream handed to the start layer. Masks, rotary or absolute positions, the final norm and
-the head therefore need no restatement per family. During a call the model is in evaluation mode (no dropout) and
-records no gradients; afterwards it is as it was. One model must not be used by two threads at a time.
+Everything after the change is the model's own code: its forward pass runs with the blocks below the start
+layer passed over and the pooled stream handed to the start layer. Masks, rotary or absolute positions, the
+final norm and the head need no restatement per family. During a call the model is in evaluation mode (no
+dropout) and records no gradients; afterwards it is as it was. Two threads must not use one model at a time.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +29,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 PROTOCOLS = ("sum", "mean", "max")
+DEPTH_SHARES = (0.01, 0.25, 0.5, 0.75, 1.0)
 
 # Model families (`config.model_type`) and where the base model keeps its blocks.
 BLOCKS = {
@@ -64,8 +69,8 @@ def constituent_aware_pooling(
 ) -> Tensor:
     """Logits (batch, vocabulary) after each row's last real token, constituents pooled from `start_layer` on.
 
-    `start_layer` *l* pools the stream entering block *l*, 0 ≤ *l* < number of blocks; `protocol` is "sum", "mean" or
-    "max" (element by element). Inputs and errors: see `pooling_grid`, which is cheaper for more than one run.
+    `start_layer` *l* pools the stream entering block *l*, 0 ≤ *l* < number of blocks; `protocol` is "sum",
+    "mean" or "max" (element by element). Inputs and errors as in `pooling_grid`, cheaper for several runs.
     """
     grid = pooling_grid(
         model, input_ids, attention_mask, constituent_ids, start_layers=[start_layer], protocols=[protocol]
@@ -84,38 +89,34 @@ def pooling_grid(
     start_layers: Sequence[int],
     protocols: Sequence[str] = PROTOCOLS,
 ) -> PoolingGrid:
-    """Every start layer × protocol from one clean pass; a pooled run computes only the blocks above its start layer.
+    """Every start layer × protocol from one clean pass; a pooled run computes only the blocks from its start.
 
-    `input_ids`, `attention_mask` (1 = real token) and `constituent_ids` are integers of shape (batch, tokens), padded
-    on either side. Tokens of one constituent share an id ≥ 0 and stand next to each other; −1 is a token of none. Ids
-    count within a row; those of padding are ignored. A row's answer does not depend on the other rows.
+    `input_ids`, `attention_mask` (1 = real token) and `constituent_ids` are integers (batch, tokens), padded
+    on either side. Tokens of one constituent share an id ≥ 0 and stand next to each other; −1 is a token of
+    none. Ids count within a row; those of padding are ignored. A row's answer does not depend on the other
+    rows. The model may be wrapped by peft (LoRA and the like) or for data parallelism.
 
-    The model may be wrapped by peft (LoRA and the like) or for data parallelism.
-
-    Raises ValueError for an unsupported model, start layer or protocol, wrong shapes or types, a row without a real
-    token, padding between real tokens, and a constituent whose tokens are not next to each other.
+    Raises ValueError for an unsupported model, start layer or protocol, wrong shapes or types, a row without
+    a real token or padded on both sides, and a constituent whose tokens are not next to each other.
     """
     model, blocks = _model_and_blocks(model)
     _check_inputs(input_ids, attention_mask, constituent_ids)
     start_layers = [_checked_start_layer(layer, len(blocks)) for layer in dict.fromkeys(start_layers)]
     protocols = [_checked_protocol(protocol) for protocol in dict.fromkeys(protocols)]
 
-    input_ids, attention_mask, constituent_ids = _left_padded(input_ids, attention_mask, constituent_ids)
-    positions = pooled_positions(attention_mask, constituent_ids)
+    input_ids, mask, ids = _left_padded(input_ids, attention_mask.long(), constituent_ids)
+    positions = pooled_positions(mask, ids)
     lengths = positions[:, -1] + 1
-    changed = attention_mask.sum(dim=1) - lengths
 
     pooled = {}
     with _evaluation_mode(model):
         with _recording(blocks, start_layers) as record:
-            clean = _last_logits(model, attention_mask.sum(dim=1), input_ids=input_ids)
-        for layer in start_layers:
-            stream = torch.cat([_pool(record.streams[layer], positions, protocol) for protocol in protocols])
+            clean = _last_logits(model, mask.sum(dim=1), input_ids=input_ids)
+        for layer, protocol in itertools.product(start_layers, protocols):
+            stream = _pool(record.streams[layer], positions, protocol)
             with _starting_at(blocks, layer, stream, record.blocks_return_tuples):
-                logits = _last_logits(model, lengths.repeat(len(protocols)), inputs_embeds=stream)
-            for protocol, part in zip(protocols, logits.chunk(len(protocols))):
-                pooled[layer, protocol] = part
-    return PoolingGrid(clean, pooled, changed)
+                pooled[layer, protocol] = _last_logits(model, lengths, inputs_embeds=stream)
+    return PoolingGrid(clean, pooled, changed=mask.sum(dim=1) - lengths)
 
 
 def pooled_positions(attention_mask: Tensor, constituent_ids: Tensor) -> Tensor:
@@ -125,22 +126,20 @@ def pooled_positions(attention_mask: Tensor, constituent_ids: Tensor) -> Tensor:
     """
     _check_inputs(attention_mask, attention_mask, constituent_ids)
     real = attention_mask.bool()
-    count = real.cumsum(dim=1)
-    if (real[:, 1:] & ~real[:, :-1] & (count[:, :-1] > 0)).any():
-        raise ValueError("padding stands between real tokens; pad each row on one side only")
     ids = constituent_ids.masked_fill(~real, -1)
     _refuse_split_constituents(ids)
+    count = real.cumsum(dim=1)
     ids = ids.masked_fill(count == count[:, -1:], -1)  # the last real token stays alone
     begins = real.clone()
     begins[:, 1:] &= (ids[:, 1:] != ids[:, :-1]) | (ids[:, 1:] < 0)
     return (begins.cumsum(dim=1) - 1).masked_fill(~real, -1)
 
 
-def start_layers_from_depth(num_layers: int, shares: Sequence[float] = (0.01, 0.25, 0.5, 0.75, 1.0)) -> list[int]:
-    """Block indices at shares of a model's depth: ceil(share × `num_layers`) − 1, but at least 1 (0 for one block).
+def start_layers_from_depth(num_layers: int, shares: Sequence[float] = DEPTH_SHARES) -> list[int]:
+    """Block indices at shares of depth: ceil(share × `num_layers`) − 1, at least 1 (0 for one block).
 
-    One index per share, so a shallow model may have the same index twice. This gives the published start layers for
-    16, 18, 24 and 36 blocks; for 12 blocks they were 1, 4, 5, 8, 11 where the rule gives 1, 2, 5, 8, 11.
+    One index per share, so a shallow model may have the same index twice. The rule gives the published start
+    layers of 16, 18, 24 and 36 blocks, and 1, 2, 5, 8, 11 of 12 blocks, where 1, 4, 5, 8, 11 were published.
 
     Raises ValueError for a share outside (0, 1] or `num_layers` below 1.
     """
@@ -153,7 +152,7 @@ def start_layers_from_depth(num_layers: int, shares: Sequence[float] = (0.01, 0.
 
 
 def _pool(stream: Tensor, positions: Tensor, protocol: str) -> Tensor:
-    """(batch, tokens, width) left-padded → (batch, longest pooled length, width) left-padded, zeros for padding."""
+    """(batch, tokens, width) → (batch, longest pooled length, width), both padded on the left."""
     lengths = positions[:, -1:] + 1
     longest = int(lengths.max())
     slots = torch.where(positions < 0, 0, positions + 1 + longest - lengths)  # slot 0 takes the padding
@@ -169,7 +168,7 @@ def _pool(stream: Tensor, positions: Tensor, protocol: str) -> Tensor:
 
 
 def _last_logits(model: nn.Module, lengths: Tensor, **inputs: Tensor) -> Tensor:
-    """Logits (batch, vocabulary) after the last position of left-padded `inputs` of real `lengths` (batch,)."""
+    """Logits (batch, vocabulary) after the last position of left-padded inputs of `lengths` (batch,)."""
     (tokens,) = inputs.values()
     longest = tokens.shape[1]
     position_ids = torch.arange(longest, device=lengths.device) - (longest - lengths).unsqueeze(1)
@@ -186,32 +185,30 @@ def _last_logits(model: nn.Module, lengths: Tensor, **inputs: Tensor) -> Tensor:
     return outputs.logits[:, -1]
 
 
-class _Record(NamedTuple):
-    """What a clean pass leaves: the stream entering each start layer, and how this model's blocks return theirs."""
+@dataclass
+class _Record:
+    """What a clean pass leaves: the stream entering each start layer, and the form blocks return it in."""
 
-    streams: dict[int, Tensor]
-    returns: list[type]
-
-    @property
-    def blocks_return_tuples(self) -> bool:
-        return self.returns[0] is tuple
+    streams: dict[int, Tensor] = field(default_factory=dict)
+    blocks_return_tuples: bool = False
 
 
 @contextmanager
 def _recording(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[_Record]:
     """Within: a forward pass of the model fills the record."""
-    record = _Record({}, [])
+    record = _Record()
 
-    def keep_stream(layer: int):
-        def hook(block: nn.Module, args: tuple) -> None:
-            record.streams[layer] = args[0]
+    def keep_stream(layer: int, block: nn.Module, args: tuple) -> None:
+        record.streams[layer] = args[0]
 
-        return hook
+    def keep_form(block: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        record.blocks_return_tuples = isinstance(output, tuple)
 
     handles = []
     try:
-        handles.append(blocks[0].register_forward_hook(lambda block, args, out: record.returns.append(type(out))))
-        handles.extend(blocks[layer].register_forward_pre_hook(keep_stream(layer)) for layer in layers)
+        handles.append(blocks[0].register_forward_hook(keep_form))
+        for layer in layers:
+            handles.append(blocks[layer].register_forward_pre_hook(partial(keep_stream, layer)))
         yield record
     finally:
         for handle in handles:
@@ -231,13 +228,13 @@ class _PassedOver(nn.Module):
 
 
 @contextmanager
-def _starting_at(blocks: nn.ModuleList, layer: int, stream: Tensor, blocks_return_tuples: bool) -> Iterator[None]:
+def _starting_at(blocks: nn.ModuleList, layer: int, stream: Tensor, returns_tuple: bool) -> Iterator[None]:
     """Within: a forward pass runs only the blocks from `layer` on, and `stream` enters `layer`."""
     below = list(blocks)[:layer]
     handle = blocks[layer].register_forward_pre_hook(lambda block, args: (stream, *args[1:]), prepend=True)
     try:
         for index, block in enumerate(below):
-            blocks[index] = _PassedOver(block, blocks_return_tuples)
+            blocks[index] = _PassedOver(block, returns_tuple)
         yield
     finally:
         handle.remove()
@@ -258,10 +255,10 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _left_padded(input_ids: Tensor, attention_mask: Tensor, constituent_ids: Tensor) -> tuple[Tensor, ...]:
-    """The three (batch, tokens) tensors with every row's padding on the left and no column of padding only."""
+    """The three (batch, tokens) tensors, every row's padding on the left and no column of padding only."""
     longest = int(attention_mask.sum(dim=1).max())
     order = attention_mask.argsort(dim=1, stable=True)[:, -longest:]
-    return tuple(tensor.gather(1, order) for tensor in (input_ids, attention_mask.long(), constituent_ids))
+    return tuple(tensor.gather(1, order) for tensor in (input_ids, attention_mask, constituent_ids))
 
 
 def _model_and_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
@@ -283,8 +280,9 @@ def _model_and_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor, constituent_ids: Tensor) -> None:
     named = {"input_ids": input_ids, "attention_mask": attention_mask, "constituent_ids": constituent_ids}
     for name, tensor in named.items():
-        if tensor.is_floating_point() or tensor.is_complex():
-            raise ValueError(f"{name} must hold integers, not {tensor.dtype}")
+        if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_complex():
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise ValueError(f"{name} must be a tensor of integers, not {kind}")
         if tensor.dim() != 2 or tensor.shape != input_ids.shape or not tensor.numel():
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items())
             raise ValueError(f"inputs must share one shape (batch, tokens) and hold a token, not {shapes}")
@@ -293,6 +291,8 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor, constituent_ids: Te
     empty = (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"rows {empty} have no real token; leave them out of the batch")
+    if (attention_mask.long().diff(dim=1) != 0).sum(dim=1).max() > 1:
+        raise ValueError("attention_mask has a row with padding on both sides or within; pad one side only")
 
 
 def _refuse_split_constituents(ids: Tensor) -> None:
