@@ -1,7 +1,8 @@
-"""The controlled lexicon: the project's own hand-written words, from which two tasks are made by a seeded grammar.
+"""The controlled lexicon: the project's own hand-written words, from which a seeded grammar makes two tasks.
 
 `data/lexicon.yml` explains its own format. `controlled_definitions` makes definitions → term from it,
-`controlled_opinions` makes opinions → sentiment; both give rows {item_id, text, target, phrases, group} by split.
+`controlled_opinions` makes opinions → sentiment; both give rows {item_id, text, target, phrases, group}
+by split.
 """
 from __future__ import annotations
 
@@ -9,14 +10,12 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import yaml
 
 LABELS = ("positive", "neutral", "negative")
 SECTIONS = ("adjectives", "terms", "synonyms", "opinions")
-TEST_SPLITS = ("test_seen", "test_held_out", "test_longer")
 WORD = re.compile(r"[A-Za-z]+")
 
 
@@ -50,14 +49,15 @@ class Lexicon:
 def load_lexicon(path: str | Path | None = None) -> Lexicon:
     """Read and check a lexicon; without `path` the one that comes with the package.
 
-    Raises LexiconError in one line for a file that is missing, empty or no YAML, and for the first entry that breaks
-    the format written at the top of `data/lexicon.yml`.
+    Raises LexiconError in one line for a file that is missing, empty or no YAML, and for the first entry
+    that breaks the format written at the top of `data/lexicon.yml`.
     """
     path = Path(path) if path is not None else _own_file()
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise LexiconError(f"{path}: cannot be read ({error.strerror}); give the path of a lexicon file") from None
+        reason = error.strerror
+        raise LexiconError(f"{path}: cannot be read ({reason}); give the path of a lexicon file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f"line {where.line + 1}: " if where else ""
@@ -70,13 +70,11 @@ def load_lexicon(path: str | Path | None = None) -> Lexicon:
 
 
 def controlled_synonyms(lexicon: Lexicon | None = None) -> dict[str, list[str]]:
-    """Lower-case word → the words interchangeable with it wherever the two tasks use it (the packaged lexicon's)."""
-    return dict((lexicon or _own_lexicon()).synonyms)
+    """Lower-case word → the words interchangeable with it wherever the two tasks use it.
 
-
-@cache
-def _own_lexicon() -> Lexicon:
-    return load_lexicon()
+    Without `lexicon` those of the one that comes with the package.
+    """
+    return dict((lexicon or load_lexicon()).synonyms)
 
 
 def _own_file() -> Path:
@@ -103,40 +101,43 @@ def _words(value: object, entry: str) -> tuple[str, ...]:
         raise LexiconError(f"{entry}: expected a list of words, got {value!r}; write [one, two]")
     for word in value:
         if not isinstance(word, str) or not WORD.fullmatch(word):
-            raise LexiconError(f"{entry}: {word!r} is no single word; use letters only (quote yes, no, on and off)")
+            raise LexiconError(f"{entry}: {word!r} is no single word; use letters only, quote yes and no")
         if value.count(word) > 1:
             raise LexiconError(f"{entry}: {word!r} stands there twice; take one away")
     return tuple(value)
 
 
 def _terms(section: object, adjectives: tuple[str, ...]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    terms: dict[str, tuple[str, ...]] = {}
-    genus_of: dict[str, str] = {}
+    """Term → features and term → genus."""
     if not isinstance(section, dict):
         raise LexiconError("terms: expected genus → term → features; put each term under its genus")
+    terms: dict[str, tuple[str, ...]] = {}
+    genus_of: dict[str, str] = {}
     for genus, members in section.items():
-        if not genus or not isinstance(members, dict):
-            raise LexiconError(f"terms: {members if not genus else genus!r} has no genus above it; "
-                               "put each term under its genus")
+        if not isinstance(genus, str) or not isinstance(members, dict):
+            raise LexiconError(f"terms: no genus above {genus!r}; write each term under its genus")
         for term, features in members.items():
             _words([term], f"terms of {genus!r}")
             if term in terms:
                 raise LexiconError(f"term {term!r} stands there twice; take one away")
             if not isinstance(features, list) or not features:
-                raise LexiconError(f"term {term!r} has no features; give it at least two, as in [small, eats fish]")
+                raise LexiconError(f"term {term!r} has no features; give it some, as in [small, eats fish]")
             terms[term], genus_of[term] = tuple(features), genus
-    uses = Counter(feature for features in terms.values() for feature in features)
+    _check_features(terms, adjectives)
+    return terms, genus_of
+
+
+def _check_features(terms: dict[str, tuple[str, ...]], adjectives: tuple[str, ...]) -> None:
+    uses = Counter(str(feature) for features in terms.values() for feature in features)
     for term, features in terms.items():
         for feature in features:
+            entry = f"term {term!r}: feature {feature!r}"
             if not isinstance(feature, str) or (" " not in feature and feature not in adjectives):
-                raise LexiconError(f"term {term!r}: unknown feature {feature!r}; write a verb phrase, or add it to "
-                                   "the adjectives")
-            if uses[feature] < 2:
-                raise LexiconError(f"term {term!r}: unknown feature {feature!r}, which no other term has; "
-                                   "correct it or share it")
+                raise LexiconError(f"{entry} is unknown; write a verb phrase or add it to the adjectives")
             if features.count(feature) > 1:
-                raise LexiconError(f"term {term!r}: feature {feature!r} stands there twice; take one away")
-    return terms, genus_of
+                raise LexiconError(f"{entry} stands there twice; take one away")
+            if uses[feature] == 1:
+                raise LexiconError(f"{entry} is unknown to all other terms; correct it or share it")
 
 
 def _synonyms(section: object) -> dict[str, list[str]]:
@@ -147,30 +148,35 @@ def _synonyms(section: object) -> dict[str, list[str]]:
         members = _words([word, *_words(others, f"synonyms of {word!r}")], f"synonyms of {word!r}")
         for member in members:
             if member in synonyms:
-                raise LexiconError(f"synonyms of {word!r}: {member!r} already stands in another class; "
-                                   "keep it in one of them")
+                raise LexiconError(f"synonyms of {word!r}: {member!r} stands in another class too; keep one")
             synonyms[member] = [other for other in members if other != member]
     return synonyms
 
 
 def _opinions(section: object) -> dict:
+    """The section as it is, once each list of it is there and holds words."""
+    section = _with_keys(section, (*LABELS, "domains"), "opinions")
     for label in LABELS:
-        kinds = section.get(label) if isinstance(section, dict) else None
-        if not isinstance(kinds, dict) or sorted(kinds) != ["gradable", "strong", "verbs"]:
-            raise LexiconError(f"opinions: {label!r} needs the lists gradable, strong and verbs; add them")
-    domains = section.get("domains")
-    if not isinstance(domains, dict) or not domains:
-        raise LexiconError("opinions: no domains; add at least one, with frame, aspects, positive and negative")
-    for name, domain in domains.items():
-        if not isinstance(domain, dict) or sorted(domain) != ["aspects", "frame", "negative", "positive"]:
-            raise LexiconError(f"opinions: domain {name!r} needs exactly frame, aspects, positive and negative")
-        if len(_words(domain["aspects"], f"aspects of {name!r}")) < 3:
-            raise LexiconError(f"opinions: domain {name!r} has fewer than three aspects; add some")
+        entry = f"opinions: {label}"
+        kinds = _with_keys(section[label], ("gradable", "strong", "verbs"), entry)
+        _words(kinds["gradable"] + kinds["strong"] + list(kinds["verbs"]), entry)
+    for name, domain in section["domains"].items():
+        entry = f"opinions: domain {name!r}"
+        _with_keys(domain, ("frame", "aspects", "positive", "negative"), entry)
+        _words(domain["positive"] + domain["negative"], entry)
+        if len(_words(domain["aspects"], entry)) < 3:
+            raise LexiconError(f"{entry} has fewer than three aspects; add some")
     return section
 
 
+def _with_keys(value: object, keys: tuple[str, ...], entry: str) -> dict:
+    if not isinstance(value, dict) or set(value) != set(keys):
+        raise LexiconError(f"{entry} needs exactly the entries {', '.join(keys)}; add or take away")
+    return value
+
+
 class SynonymChoice:
-    """Writes some words as one of their synonyms, the one written least so far, so that all get their turn."""
+    """Writes some words as one of their synonyms: the one written least so far."""
 
     def __init__(self, synonyms: dict[str, list[str]], rate: float, rng: random.Random):
         if not 0 <= rate <= 1:

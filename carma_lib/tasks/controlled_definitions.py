@@ -25,8 +25,8 @@ def inverse_dictionary_rows(
     train          one or two features a definition
     validation     feature sets of train in other wordings
     test_seen      feature sets of train in other wordings
-    test_held_out  pairs of features that never stand together for this term in train, though each stands there
-                   with others; neither names the term alone
+    test_held_out  pairs of features that never stand together for this term in train, though each of them
+                   stands there with others; neither names the term alone
     test_longer    three or four features, each known from train, no held-out pair among them
 
     seed            same seed, same rows
@@ -56,13 +56,14 @@ def inverse_dictionary_rows(
     known = {term: {feature for features in seen[term] for feature in features} for term in seen}
     fill("validation", seen)
     fill("test_seen", seen)
-    fill("test_held_out", {term: [pair for pair in held_out[term] if known[term].issuperset(pair)] for term in seen})
+    held_out = {term: [pair for pair in held_out[term] if known[term].issuperset(pair)] for term in seen}
+    fill("test_held_out", held_out)
     fill("test_longer", {term: _longer(lexicon, term, known[term], held_out[term], rng) for term in seen})
     return rows
 
 
 def _feature_sets(lexicon: Lexicon, term: str, share: float, rng: random.Random) -> tuple[list, list]:
-    """The term's single features and pairs that name it alone, shuffled: those for train, and the held-out pairs."""
+    """The single features and the pairs that name this term alone, for train and held out."""
     genus = lexicon.genus[term]
     features = lexicon.terms[term]
     singles = [(feature,) for feature in features if lexicon.terms_with(genus, (feature,)) == [term]]
@@ -71,10 +72,11 @@ def _feature_sets(lexicon: Lexicon, term: str, share: float, rng: random.Random)
     rng.shuffle(seen)
     telling = {feature for single in singles for feature in single}
     candidates = [pair for pair in seen if len(pair) == 2 and telling.isdisjoint(pair)]
+    wanted = max(1, int(share * len(candidates)))
     uses = Counter(feature for chosen in seen for feature in chosen)
-    held_out = []
+    held_out: list[tuple[str, ...]] = []
     for pair in candidates:
-        if len(held_out) < max(1, int(share * len(candidates))) and all(uses[feature] > 1 for feature in pair):
+        if len(held_out) < wanted and all(uses[feature] > 1 for feature in pair):
             held_out.append(pair)
             uses.subtract(pair)
     return [chosen for chosen in seen if chosen not in held_out], held_out
@@ -94,7 +96,7 @@ def _fill(
     split: str, size: int, choices: dict[str, list[tuple[str, ...]]], lexicon: Lexicon,
     write: Callable[[str], str], rng: random.Random, texts: set[str],
 ) -> tuple[list[dict], Counter]:
-    """Rows with new texts, the terms taking turns and each term's feature sets taking turns; what was used."""
+    """Rows with new texts, terms and each term's feature sets taking turns; how often each set was used."""
     order = [term for term, sets in choices.items() if sets]
     rng.shuffle(order)
     rows: list[dict] = []
@@ -102,7 +104,7 @@ def _fill(
     turn, last = 0, -1
     while len(rows) < size:
         if len(rows) == last:
-            raise ValueError(f"the lexicon gives only {last} definitions for split {split!r}, {size} are asked for; "
+            raise ValueError(f"the lexicon gives only {last} definitions for split {split!r}, not {size}; "
                              "lower its size or add terms")
         last = len(rows)
         for term in order[: size - len(rows)]:
@@ -120,11 +122,12 @@ def _fill(
 
 
 def _worded(lexicon: Lexicon, genus: str, features: tuple[str, ...], rng: random.Random) -> str:
-    """One wording: "[A small bird] [with long legs] [that eats fish] and [swims well]", phrases in brackets."""
+    """One wording, phrases in brackets: "[A small bird] [with long legs] [that eats fish] and [swims well]"."""
     adjectives = [feature for feature in features if feature in lexicon.adjectives]
     others = [feature for feature in features if feature not in lexicon.adjectives]
     rng.shuffle(others)
-    before = [adjective for adjective in adjectives if rng.random() < 0.7][: 2 if others else len(adjectives) - 1]
+    most = 2 if others else len(adjectives) - 1  # a definition never is its genus phrase alone
+    before = [adjective for adjective in adjectives if rng.random() < 0.7][:most]
     before.sort(key=lexicon.adjectives.index)
     noun = " ".join([*before, genus])
     phrases = [f"[{_opening(noun, rng)}]"]
