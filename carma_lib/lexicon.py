@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import socket
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +26,9 @@ USUAL = 0.33
 FUNCTION_WORDS = frozenset(
     "be am is are was were been being have has had having do does did done doing get gets got let lets "
     "not no never so very too as all but off more most less least much many few such own same other another "
-    "only just even still yet then there here now how why when where ever however else almost also well rather "
-    "quite about enough plenty several various certain one ones thing things something nothing anything everything "
+    "only just even still yet then there here now how why when where ever however else almost also well "
+    "rather quite about enough plenty several various certain one ones "
+    "thing things something nothing anything everything "
     "someone anyone everyone lot lots bit kind sort rest little alone".split())
 BASE_TAGS = ("NN", "VB", "VBP", "JJ", "RB")
 TAGS = {"n": ("NN", "NNS"), "v": ("VB", "VBP", "VBZ", "VBD", "VBN", "VBG"), "a": ("JJ", "JJR", "JJS"),
@@ -156,19 +158,19 @@ def sense_shares(word: str, part_of_speech: str) -> dict[str, float]:
 
 
 @lru_cache(maxsize=None)
-def synonyms(word: str, part_of_speech: str) -> tuple[str, ...]:
+def synonyms(word: str, part_of_speech: str, agreement: float = AGREEMENT) -> tuple[str, ...]:
     """Lemmas that mean the same as the lemma `word` in most uses of both; single words without hyphens.
 
     Two words share the senses (synsets) that hold both. With p(s | w) of `sense_shares` and n(w) the tagged
     uses of w in the shared senses, a candidate c stays if
 
-        Σ_s p(s | word) · Σ_s p(s | c) ≥ AGREEMENT,  s over the shared senses,
+        Σ_s p(s | word) · Σ_s p(s | c) ≥ agreement,  s over the shared senses,
         n(c) ≥ max(1, RARITY · n(word)),
 
     so neither word is likely to be read in another sense ("move" is no synonym of "act", though they share
-    one) and no common word becomes a rare one. Besides it must fit grammatically (`_fits`), and be another
-    word, neither an abbreviation nor another spelling or derivation: candidates of one or two letters, and words
-    that begin with the same four letters, are left out.
+    one) and no common word becomes a rare one. Besides, it must fit grammatically (`_fits`), be used as this
+    part of speech, and be another word rather than an abbreviation, a spelling or a derivation: candidates of
+    one or two letters, and words that begin with the same four letters, are left out.
     Best first. Source: DESIGN, Traps already met.
     """
     own, shared = sense_shares(word, part_of_speech), {}
@@ -177,26 +179,28 @@ def synonyms(word: str, part_of_speech: str) -> tuple[str, ...]:
         for candidate in lemmas:
             if _is_other_word(candidate, word) and _fits(lemmas[candidate], lemmas[word]):
                 shared.setdefault(candidate, []).append(name)
-    agreement = {}
+    agreeing = {}
     for candidate, names in shared.items():
         other = sense_shares(candidate, part_of_speech)
-        uses, other_uses = (sum(tagged_uses(w, part_of_speech)[name] for name in names) for w in (word, candidate))
+        uses, other_uses = (sum(tagged_uses(lemma, part_of_speech)[name] for name in names)
+                            for lemma in (word, candidate))
         if other_uses >= max(1, RARITY * uses) and usual_part_of_speech(candidate, part_of_speech):
-            agreement[candidate] = sum(own[name] for name in names) * sum(other[name] for name in names)
-    kept = [candidate for candidate in agreement if agreement[candidate] >= AGREEMENT]
-    return tuple(sorted(kept, key=lambda candidate: (-agreement[candidate], candidate)))
+            agreeing[candidate] = sum(own[name] for name in names) * sum(other[name] for name in names)
+    kept = [candidate for candidate in agreeing if agreeing[candidate] >= agreement]
+    return tuple(sorted(kept, key=lambda candidate: (-agreeing[candidate], candidate)))
 
 
 def _is_other_word(candidate: str, word: str) -> bool:
-    return (len(candidate) > 2 and candidate.isalpha() and candidate.islower() and candidate not in FUNCTION_WORDS
+    return (len(candidate) > 2 and candidate.isalpha() and candidate.islower()
+            and candidate not in FUNCTION_WORDS
             and not candidate.startswith(word[:4]) and not word.startswith(candidate[:4]))
 
 
 def _fits(candidate: Lemma, lemma: Lemma) -> bool:
     """Whether a lemma can stand where another of its synset stands.
 
-    A verb takes every sentence frame of the other; an adjective stands on the same side of its noun; a noun is
-    neither a verb's -ing form (bringing, imaging) nor a plural (authorities, papers), which take other articles.
+    A verb takes every sentence frame of the other; an adjective stands on the same side of its noun; a noun
+    is neither a verb's -ing form (bringing) nor a plural (authorities), which take other articles.
     """
     name = candidate.name()
     if candidate.synset().pos() == "n":
@@ -205,10 +209,19 @@ def _fits(candidate: Lemma, lemma: Lemma) -> bool:
             and candidate.syntactic_marker() == lemma.syntactic_marker())
 
 
+@lru_cache(maxsize=1)
+def _uses_by_part_of_speech() -> Counter[tuple[str, str]]:
+    uses = Counter()
+    for key, count in sense_counts().items():
+        lemma, sense = key.split("%")
+        uses[lemma, "nvara"[int(sense[0]) - 1]] += count
+    return uses
+
+
 @lru_cache(maxsize=None)
 def usual_part_of_speech(form: str, part_of_speech: str) -> bool:
     """Whether at least USUAL of the tagged uses of a form's lemmas are of this part of speech."""
-    uses = {letter: sum(1 + sum(tagged_uses(lemma, letter).values()) for lemma in lemmas_of(form, letter))
+    uses = {letter: sum(_uses_by_part_of_speech()[lemma, letter] for lemma in lemmas_of(form, letter))
             for letter in TAGS}
     return uses[part_of_speech] >= USUAL * sum(uses.values())
 
@@ -222,22 +235,23 @@ def part_of_speech_of(tag: str) -> str | None:
 
 @lru_cache(maxsize=None)
 def lemmas_of(form: str, part_of_speech: str) -> tuple[str, ...]:
-    """The lemmas of a lower-case form: ("act",) for "acted" as "v". Empty if no dictionary knows it as this."""
+    """The lemmas of a lower-case form: ("act",) for "acted" as "v". An unknown form is its own lemma."""
     from lemminflect import getAllLemmas
 
     universal = {"n": "NOUN", "v": "VERB", "a": "ADJ", "r": "ADV"}[part_of_speech]
-    known = getAllLemmas(form, universal).get(universal, ())
-    return known or ((form,) if tagged_uses(form, part_of_speech) else ())
+    return getAllLemmas(form, universal).get(universal, (form,))
 
 
 @lru_cache(maxsize=None)
 def inflections(lemma: str, tag: str) -> tuple[str, ...]:
-    """The lemma's forms for a Penn tag, usual one first: ("dogs", "dog") for "dog", "NNS". Empty if unknown."""
+    """The lemma's forms for a Penn tag, usual one first: ("dogs", "dog") for "dog", "NNS". Empty if none."""
     from lemminflect import getAllInflections
 
     universal = {"NN": "NOUN", "VB": "VERB", "JJ": "ADJ", "RB": "ADV"}[tag[:2]]
-    base = (lemma,) if tag in BASE_TAGS else ()
-    return getAllInflections(lemma, universal).get(tag, base)
+    forms = getAllInflections(lemma, universal)
+    if tag == "VBN":  # listed only where it is not the past tense
+        forms = {"VBN": forms.get("VBD", ()), **forms}
+    return forms.get(tag, (lemma,) if tag in BASE_TAGS else ())
 
 
 def inflect(lemma: str, tag: str) -> str | None:
@@ -247,11 +261,12 @@ def inflect(lemma: str, tag: str) -> str | None:
 
 
 @lru_cache(maxsize=None)
-def synonym_forms(form: str, tag: str) -> tuple[str, ...]:
+def synonym_forms(form: str, tag: str, agreement: float = AGREEMENT) -> tuple[str, ...]:
     """Forms that can stand for a lower-case word form with this Penn tag: `synonyms`, inflected alike.
 
     A form that serves several tags ("started": past and participle) takes only candidates that have one form
-    for all of them, since taggers often mistake one for the other. Empty if there are none.
+    for all of them, since taggers often mistake one for the other. Empty if there are none. A lower `agreement`
+    finds more candidates, of which more mean something else.
     """
     part_of_speech = part_of_speech_of(tag)
     if part_of_speech is None or not usual_part_of_speech(form, part_of_speech):
@@ -261,7 +276,7 @@ def synonym_forms(form: str, tag: str) -> tuple[str, ...]:
         tags = [other for other in TAGS[part_of_speech] if form == inflect(lemma, other)]
         if tag not in tags:
             continue
-        for candidate in synonyms(lemma, part_of_speech):
+        for candidate in synonyms(lemma, part_of_speech, agreement):
             inflected = {inflect(candidate, other) for other in tags}
             if len(inflected) == 1:
                 forms.update(dict.fromkeys(inflected - {None, form}))

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
 
+from carma_lib.files import fingerprint, whole_file
 from carma_lib.lexicon import lemmas_of, sense_counts, synonym_forms, wordnet
 from carma_lib.tagging import Word, fixed_words, is_content, tagged_words
 
@@ -28,7 +27,7 @@ Source = Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
 Score = Callable[[list[str]], Sequence[float]]
 
 ARTICLES = frozenset(["a", "an"])
-# A written vowel or a silent h, unless the word begins with the sound of "you" or "w" (unique, European, one-eyed).
+# A written vowel or a silent h, unless the word begins with the sound of "you" or "w" (unique, European, one)
 VOWEL_SOUND = re.compile(r"(?!uni(?!n|m|de)|unanim|u[bstv][aeiou]|ur[aeiou]|uk|eu|ewe|one\b|once)[aeiou]"
                          r"|hon(?:est|or|our)|hour|heir", re.IGNORECASE)
 
@@ -73,8 +72,8 @@ def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int]
     seed, item_id: what the draw depends on; the item is the text itself if no item_id is given.
     span: characters [start, end) that may change, all of the text if None; words across its edge stay.
     forbidden: words (targets) that are not introduced in any of their forms.
-    source: where candidates come from, WordNet by default; a dict from lower-case forms to forms is taken
-        as it is, whatever the tag.
+    source: where candidates come from, WordNet by default, `functools.partial(synonym_forms, agreement=0.25)`
+        for more and looser candidates; a dict from lower-case forms to forms is taken as it is, whatever the tag.
 
     Raises ValueError for a rate outside [0, 1] or a span outside the text.
     """
@@ -118,7 +117,7 @@ def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Seque
         the dictionaries; a damaged file is made again. None: no cache.
 
     Raises ValueError for lists of unequal length, or for a cache of a source that is a function of one's own,
-    whose content cannot be told.
+    since no key can tell when it changes.
     """
     from tqdm import tqdm
 
@@ -135,7 +134,8 @@ def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Seque
     if cached is not None:
         return cached
     replacements = [
-        replace_synonyms(text, rate=rate, seed=seed, span=span, item_id=item, forbidden=words or (), source=source)
+        replace_synonyms(text, rate=rate, seed=seed, span=span, item_id=item, forbidden=words or (),
+                         source=source)
         for text, item, span, words in tqdm(zip(*columns), total=len(texts), desc="replacing", delay=2)]
     if path:
         _write_cache(path, replacements)
@@ -151,7 +151,8 @@ def worst_replacement(text: str, *, rate: float, seeds: Iterable[int], score: Sc
 
 
 def worst_replacements(texts: Sequence[str], *, rate: float, seeds: Iterable[int], score: Score,
-                       item_ids: Sequence[str] | None = None, spans: Sequence[tuple[int, int] | None] | None = None,
+                       item_ids: Sequence[str] | None = None,
+                       spans: Sequence[tuple[int, int] | None] | None = None,
                        forbidden: Sequence[str | Sequence[str]] | None = None, source: Source = synonym_forms,
                        cache_dir: str | Path | None = None) -> list[Replacement]:
     """An adversary: of each text's replacements under several seeds, the one with the highest loss.
@@ -166,8 +167,8 @@ def worst_replacements(texts: Sequence[str], *, rate: float, seeds: Iterable[int
 
     tries, losses = [], []
     for seed in seeds:
-        tries.append(replace_all(texts, rate=rate, seed=seed, item_ids=item_ids, spans=spans, forbidden=forbidden,
-                                 source=source, cache_dir=cache_dir))
+        tries.append(replace_all(texts, rate=rate, seed=seed, item_ids=item_ids, spans=spans,
+                                 forbidden=forbidden, source=source, cache_dir=cache_dir))
         losses.append(numpy.asarray(score([done.text for done in tries[-1]]), dtype=float))
         if losses[-1].shape != (len(texts),) or not numpy.isfinite(losses[-1]).all():
             raise ValueError(f"score must return {len(texts)} finite losses, one a text; seed {seed} gave "
@@ -198,15 +199,14 @@ def shift_spans(spans: Sequence[tuple[int, int]], changes: Sequence[Change]) -> 
 def _cache_key(columns: Sequence[Sequence], rate: float, seed: int, source: Source) -> str:
     if isinstance(source, Mapping):
         content = {form: list(source[form]) for form in sorted(source)}
-    elif source is synonym_forms:
-        content = [wordnet().get_version(), len(sense_counts())]
+    elif source is synonym_forms or getattr(source, "func", None) is synonym_forms:
+        content = [wordnet().get_version(), len(sense_counts()), getattr(source, "keywords", {})]
     else:
-        raise ValueError("a cache needs the default source or a dict; call without cache_dir for your own function")
+        raise ValueError("a cache needs the default source or a dict; leave cache_dir out for a function")
     texts, item_ids, spans, forbidden = columns
     words = [[word] if isinstance(word, str) else sorted(word or ()) for word in forbidden]
-    parts = [RULES, version("textblob"), version("lemminflect"), content, float(rate), int(seed),
-             texts, list(map(str, item_ids)), spans, words]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    return fingerprint(RULES, version("textblob"), version("lemminflect"), content, float(rate), int(seed),
+                       texts, list(map(str, item_ids)), spans, words)
 
 
 def _read_cache(path: Path, length: int) -> list[Replacement] | None:
@@ -221,17 +221,15 @@ def _read_cache(path: Path, length: int) -> list[Replacement] | None:
 
 
 def _write_cache(path: Path, replacements: Sequence[Replacement]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"text": done.text, "changes": done.changes, "requested": done.requested})
-             for done in replacements)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.writelines(line + "\n" for line in lines)
-    os.replace(file.name, path)
+    lines = [json.dumps({"text": done.text, "changes": done.changes, "requested": done.requested}) + "\n"
+             for done in replacements]
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def _check_rate(rate: float) -> None:
     if not 0 <= rate <= 1:
-        raise ValueError(f"rate must lie between 0 and 1 (0.25 replaces a quarter of the content words), got {rate}")
+        raise ValueError(f"rate must lie in [0, 1] (0.25 for a quarter of the content words), got {rate}")
 
 
 def _check_span(text: str, span: tuple[int, int] | None) -> tuple[int, int]:
@@ -274,7 +272,9 @@ def _indefinite_article(word: str) -> str:
 
 
 def _change(word: Word, after: str) -> Change:
-    return Change(word.start, word.end, word.form, after[0].upper() + after[1:] if word.form[0].isupper() else after)
+    if word.form[0].isupper():
+        after = after[0].upper() + after[1:]
+    return Change(word.start, word.end, word.form, after)
 
 
 def _apply(text: str, changes: Sequence[Change]) -> str:

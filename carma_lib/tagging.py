@@ -65,7 +65,8 @@ def fixed_words(words: Sequence[Word]) -> frozenset[int]:
     known, places = multiword_lemmas(), set()
     forms = [word.form.lower() for word in words]
     for first, (word, after) in enumerate(zip(words, words[1:])):
-        if (word.tag[:2] == "VB" and forms[first + 1] in PARTICLES) or (word.tag == "NN" and after.tag[:2] == "NN"):
+        before_particle = word.tag[:2] == "VB" and after.form.lower() in PARTICLES
+        if before_particle or (word.tag == "NN" and after.tag[:2] == "NN"):
             places.add(first)
         for last in range(first + 1, min(first + 4, len(words))):
             ways = ["_".join(forms[first:last + 1])]
