@@ -28,7 +28,7 @@ Score = Callable[[list[str]], Sequence[float]]
 
 ARTICLES = frozenset(["a", "an"])
 # A written vowel or a silent h, unless the word begins with the sound of "you" or "w" (unique, European, one)
-VOWEL_SOUND = re.compile(r"(?!uni(?!n|m|de)|unanim|u[bstv][aeiou]|ur[aeiou]|uk|eu|ewe|one\b|once)[aeiou]"
+VOWEL_SOUND = re.compile(r"(?!uni(?!n|m|de)|unanim|u[bstv][aeiou]|ur[aeiou]|uk|eu|ewe|ones?\b|oneself|once)[aeiou]"
                          r"|hon(?:est|or|our)|hour|heir", re.IGNORECASE)
 
 

@@ -1,0 +1,356 @@
+"""Synonym replacement: rates, seeds, places, inflection, articles, adversary, cache, quality."""
+import functools
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from carma_lib import perturbation
+from carma_lib.lexicon import FUNCTION_WORDS, lemmas_of, synonym_forms
+from carma_lib.perturbation import (
+    Change, Replacement, replace_all, replace_synonyms, shift_spans, worst_replacement, worst_replacements)
+from carma_lib.perturbation_quality import (
+    first_lemma_of_any_sense, mark_changes, quality_table, replacement_quality)
+from carma_lib.tagging import fixed_words, is_content, tagged_words
+
+SENTENCES = [
+    "The film begins slowly, but the children often enjoy a huge and fascinating story.",
+    "An entirely wonderful movie that deserves its place among the biggest films ever made.",
+    "She bought a car and frequently allowed the kids to start it; perhaps that was a mistake.",
+    "Usually the teacher speaks quickly, yet the lawyer seldom needs an opportunity to answer.",
+    "A tiny animal with a large head, especially a young one, that seems to vanish in tall grass.",
+    "It is an example of a tragedy, and exactly the kind of tale that viewers rarely remember.",
+    "Nothing here.",
+    "",
+]
+COLOURS = {"red": ["crimson"], "dogs": ["hounds", "pups"], "cat": ["animal"], "old": ["ancient"],
+           "apple": ["fruit"], "sings": ["chants", "hums"], "quiet": ["silent"], "unhappy": ["sad"]}
+RATES = (0.1, 0.25, 0.4, 1.0)
+
+
+def content_count(text: str) -> int:
+    return sum(is_content(word) for word in tagged_words(text))
+
+
+# Rates and seeds
+
+@pytest.mark.parametrize("rate", RATES)
+def test_counts_and_changes(rate):
+    for text in SENTENCES:
+        done = replace_synonyms(text, rate=rate, seed=3)
+        changed, changes = done
+        assert done.requested == math.floor(rate * content_count(text) + 0.5)
+        assert done.made == min(done.requested, replace_synonyms(text, rate=1, seed=3).made)
+        assert done.made == sum(change.before.lower() not in ("a", "an") for change in changes)
+        rebuilt, end = "", 0
+        for start, stop, before, after in changes:
+            assert start >= end and text[start:stop] == before != after
+            rebuilt, end = rebuilt + text[end:start] + after, stop
+        assert changed == rebuilt + text[end:]
+
+
+def test_real_text_is_changed():
+    done = [replace_synonyms(text, rate=1, seed=0) for text in SENTENCES]
+    assert sum(replacement.made for replacement in done) >= 20
+
+
+@pytest.mark.parametrize("source", [synonym_forms, COLOURS])
+def test_nested(source):
+    text = "The red dogs and the quiet cat ate an old apple. " + SENTENCES[0] + " " + SENTENCES[2]
+    for seed in range(10):
+        smaller: set = set()
+        for rate in np.linspace(0, 1, 21):
+            larger = set(replace_synonyms(text, rate=rate, seed=seed, source=source).changes)
+            assert smaller <= larger
+            smaller = larger
+
+
+def test_an_item_depends_on_nothing_but_itself():
+    ids = [f"item/{i}" for i in range(len(SENTENCES))]
+    every = replace_all(SENTENCES, rate=0.4, seed=5, item_ids=ids)
+    order = [4, 0, 6, 2]
+    assert replace_all([SENTENCES[i] for i in order], rate=0.4, seed=5, item_ids=[ids[i] for i in order]) == [
+        every[i] for i in order]
+    assert every == [replace_synonyms(text, rate=0.4, seed=5, item_id=name) for text, name in zip(SENTENCES, ids)]
+
+
+def test_seed_and_item_decide():
+    text = " ".join(SENTENCES)
+    by_seed = {replace_synonyms(text, rate=0.25, seed=seed).text for seed in range(8)}
+    by_item = {replace_synonyms(text, rate=0.25, seed=0, item_id=str(item)).text for item in range(8)}
+    assert len(by_seed) == len(by_item) == 8
+    assert replace_synonyms(text, rate=0.25, seed=np.int64(3)) == replace_synonyms(text, rate=0.25, seed=3)
+
+
+def test_every_candidate_and_place_is_drawn():
+    seen = {replace_synonyms("The dogs slept.", rate=1, seed=seed, source=COLOURS).text for seed in range(40)}
+    assert seen == {"The hounds slept.", "The pups slept."}
+    places = {replace_synonyms("The red, old, quiet thing.", rate=0.34, seed=seed, source=COLOURS).changes[0].start
+              for seed in range(60)}
+    assert len(places) == 3
+
+
+def test_hash_seed_changes_nothing():
+    code = ("from carma_lib.perturbation import replace_all\n"
+            f"for done in replace_all({SENTENCES!r}, rate=0.4, seed=1): print(done)")
+    outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                              env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("0", "1")}
+    assert len(outputs) == 1 and "Change(" in outputs.pop()
+
+
+# What may change
+
+def test_names_numbers_function_words_and_expressions_stay():
+    text = ("Big Story films bought 25 movies in Paris. In the end a hot dog turned up at the movie theater, "
+            "and THE FILM wasn't well-made.")
+    for seed in range(5):
+        after = replace_synonyms(text, rate=1, seed=seed).text
+        for kept in ("Big Story", "25", "Paris", "hot dog", "turned up", "movie theater", "THE FILM", "wasn't",
+                     "well-made"):
+            assert kept in after
+        assert "movies in" not in after, "and yet something changed"
+
+
+def test_function_words_and_names_are_no_content():
+    words = {word.form: is_content(word) for word in tagged_words("Have you ever been to Rome, 3 times? Dogs bark.")}
+    assert [form for form in words if words[form]] == ["times", "Dogs", "bark"]
+    assert {"be", "not", "very"} <= FUNCTION_WORDS
+
+
+def test_fixed_words():
+    words = tagged_words("He dreamed up hot dogs and a love story, and dreamed of films.")
+    assert [words[i].form for i in sorted(fixed_words(words))] == ["dreamed", "up", "hot", "dogs", "love", "story"]
+
+
+def test_capitals_and_punctuation_stay():
+    text = "Dogs (red dogs), \"old\" dogs... Dogs' apple; red!"
+    after = replace_synonyms(text, rate=1, seed=2, source={**COLOURS, "dogs": ["hounds"]}).text
+    assert after == "Hounds (crimson hounds), \"ancient\" hounds... Hounds' fruit; crimson!"
+
+
+@pytest.mark.parametrize("before, source, after", [
+    ("He bought two dogs.", {"bought": ["purchased"], "dogs": ["hounds"]}, "He purchased two hounds."),
+    ("The films were bigger.", synonym_forms, "The movies were larger."),
+])
+def test_inflection(before, source, after):
+    assert replace_synonyms(before, rate=1, seed=0, source=source).text == after
+
+
+@pytest.mark.parametrize("word, article", [
+    ("old", "an"), ("dog", "a"), ("hour", "an"), ("honest", "an"), ("heir", "an"), ("hero", "a"), ("unit", "a"),
+    ("unique", "a"), ("unimportant", "an"), ("uninspired", "an"), ("unidentified", "an"), ("unanimous", "a"),
+    ("usual", "a"), ("user", "a"), ("uranium", "a"), ("urban", "an"), ("ugly", "an"), ("utter", "an"),
+    ("European", "a"), ("one", "a"), ("oneself", "a"), ("onerous", "an"), ("ewe", "a"), ("year", "a"), ("X", "a")])
+def test_article_by_sound(word, article):
+    other = {"a": "an", "an": "a"}[article]
+    done = replace_synonyms(f"{other} thingy", rate=1, seed=0, source={"thingy": [word]})
+    assert done.text == f"{article} {word}"
+    assert done.changes[0] == Change(0, len(other), other, article)
+    assert (done.made, done.requested) == (1, 1)
+    assert replace_synonyms(f"{article} thingy", rate=1, seed=0, source={"thingy": [word]}).text == f"{article} {word}"
+
+
+def test_article_keeps_its_capital_and_needs_its_word():
+    assert replace_synonyms("A cat.", rate=1, seed=0, source=COLOURS).text == "An animal."
+    assert replace_synonyms("An unhappy man.", rate=1, seed=0, source=COLOURS).text == "A sad man."
+    assert replace_synonyms("Plan a, cat.", rate=1, seed=0, source={"cat": ["animal"]}).text == "Plan a, animal."
+
+
+def test_span_is_respected():
+    text = "The old dogs see a cat and the old dogs sleep."
+    start, end = text.index("see"), text.index(" and")
+    for seed in range(5):
+        done = replace_synonyms(text, rate=1, seed=seed, span=(start, end), source=COLOURS)
+        assert done.text == "The old dogs see an animal and the old dogs sleep."
+    cut = replace_synonyms(text, rate=1, seed=0, span=(5, 12), source=COLOURS)
+    assert all(text[c.start:c.end] == "dogs" for c in cut.changes) and cut.requested == 1, "'old' crosses the edge"
+    word = (text.index("cat"), text.index("cat") + 3)
+    assert replace_synonyms(text, rate=1, seed=0, span=word, source=COLOURS).changes == (), "its article is outside"
+    fits = replace_synonyms(text, rate=1, seed=0, span=word, source={"cat": ["animal", "kitten"]})
+    assert fits.text == text.replace("cat", "kitten")
+
+
+@pytest.mark.parametrize("forbidden, allowed", [
+    ("hound", {"pups"}), (["Hounds"], {"pups"}), (["hound", "pup"], {"dogs"}), ("sea-hound", {"pups"}),
+    ("cat", {"pups", "hounds"})])
+def test_target_and_its_forms_are_never_introduced(forbidden, allowed):
+    after = {replace_synonyms("The dogs.", rate=1, seed=seed, forbidden=forbidden, source=COLOURS).text
+             for seed in range(20)}
+    assert after == {f"The {word}." for word in allowed}
+
+
+def test_forbidden_on_real_text():
+    for text in SENTENCES:
+        for change in replace_synonyms(text, rate=1, seed=0).changes:
+            if change.before.lower() in ("a", "an"):
+                continue
+            lemmas = {change.after, *(lemma for letter in "nvar" for lemma in lemmas_of(change.after, letter))}
+            for lemma in sorted(lemmas):
+                redone = replace_synonyms(text, rate=1, seed=0, forbidden=lemma)
+                assert change.after not in [other.after for other in redone.changes if other.start == change.start]
+
+
+# Sources
+
+def test_source_may_be_a_function():
+    asked = []
+
+    def shout(form, tag):
+        asked.append((form, tag))
+        return [form + "ish"]
+
+    assert replace_synonyms("Dogs bark.", rate=1, seed=0, source=shout).text == "Dogsish barkish."
+    assert asked == [("dogs", "NNS"), ("bark", "NN")] or asked == [("dogs", "NNS"), ("bark", "VBP")]
+
+
+def test_dict_source_counts_its_own_words():
+    done = replace_synonyms("Very very very.", rate=1, seed=0, source={"very": ["truly"]})
+    assert (done.text, done.made, done.requested) == ("Truly truly truly.", 3, 3)
+
+
+def test_looser_gate_changes_more():
+    loose = functools.partial(synonym_forms, agreement=0.1)
+    assert sum(done.made for done in replace_all(SENTENCES, rate=1, seed=0, source=loose)) > sum(
+        done.made for done in replace_all(SENTENCES, rate=1, seed=0))
+
+
+# Adversary
+
+def vowels(texts):
+    return [float(sum(text.count(vowel) for vowel in "aeiou")) for text in texts]
+
+
+def test_adversary_equals_brute_force():
+    seeds = [4, 0, 7, 1]
+    worst = worst_replacements(SENTENCES, rate=0.4, seeds=seeds, score=vowels)
+    for text, found in zip(SENTENCES, worst):
+        tries = [replace_synonyms(text, rate=0.4, seed=seed) for seed in seeds]
+        best = max(range(len(seeds)), key=lambda k: (vowels([tries[k].text])[0], -k))
+        assert found == tries[best]
+        assert found == worst_replacement(text, rate=0.4, seeds=seeds, score=vowels)
+    assert len({vowels([replace_synonyms(SENTENCES[2], rate=0.4, seed=seed).text])[0] for seed in seeds}) > 1
+    equal = worst_replacements(SENTENCES, rate=0.4, seeds=seeds, score=lambda texts: [0.0] * len(texts))
+    assert equal == replace_all(SENTENCES, rate=0.4, seed=4), "of equal losses the first seed wins"
+
+
+@pytest.mark.parametrize("score", [lambda texts: [1.0], lambda texts: [float("nan")] * len(texts)])
+def test_adversary_refuses_bad_losses(score):
+    with pytest.raises(ValueError, match="finite losses"):
+        worst_replacements(SENTENCES, rate=0.4, seeds=range(2), score=score)
+    with pytest.raises(ValueError, match="seeds is empty"):
+        worst_replacement("A dog.", rate=0.4, seeds=[], score=vowels)
+
+
+# Spans
+
+def test_shift_spans():
+    text = "An old dog sings a quiet song; the red cat sleeps."
+    for seed in range(6):
+        done = replace_synonyms(text, rate=0.6, seed=seed, source=COLOURS)
+        edges = sorted({edge for word in tagged_words(text) for edge in (word.start, word.end)})
+        spans = [(start, end) for start in edges for end in edges if start <= end]
+        for (start, end), (new_start, new_end) in zip(spans, shift_spans(spans, done.changes), strict=True):
+            inside = [change for change in done.changes if start <= change.start and change.end <= end]
+            expected, position = "", start
+            for change in inside:
+                expected, position = expected + text[position:change.start] + change.after, change.end
+            assert done.text[new_start:new_end] == expected + text[position:end]
+    assert shift_spans([(0, 2), (4, 5), (5, 7)], [Change(3, 6, "abc", "z")]) == [(0, 2), (3, 4), (3, 5)]
+
+
+# Cache
+
+def test_cache_equals_no_cache_and_is_used(tmp_path, monkeypatch):
+    plain = replace_all(SENTENCES, rate=0.4, seed=1)
+    assert replace_all(SENTENCES, rate=0.4, seed=1, cache_dir=tmp_path / "new") == plain
+    monkeypatch.setattr(perturbation, "replace_synonyms", None)
+    cached = replace_all(SENTENCES, rate=0.4, seed=1, cache_dir=tmp_path / "new")
+    assert cached == plain and [done.requested for done in cached] == [done.requested for done in plain]
+    assert [type(done) for done in cached] == [Replacement] * len(plain)
+
+
+def test_cache_tells_calls_apart(tmp_path):
+    calls = [{}, {"rate": 0.3}, {"seed": 2}, {"source": COLOURS}, {"source": {"red": ["crimson"]}},
+             {"forbidden": ["film"] * len(SENTENCES)}, {"spans": [(0, len(text) // 2) for text in SENTENCES]},
+             {"item_ids": list(range(len(SENTENCES)))}, {"source": functools.partial(synonym_forms, agreement=0.2)}]
+    for number, call in enumerate(calls, start=1):
+        arguments = {"rate": 0.4, "seed": 1, **call}
+        assert replace_all(SENTENCES, cache_dir=tmp_path, **arguments) == replace_all(SENTENCES, **arguments)
+        assert len(list(tmp_path.iterdir())) == number, "one whole file a call and nothing left over"
+    with pytest.raises(ValueError, match="cache"):
+        replace_all(SENTENCES, rate=0.4, seed=1, cache_dir=tmp_path, source=lambda form, tag: [])
+
+
+def test_truncated_cache_is_never_read_as_whole(tmp_path):
+    whole = replace_all(SENTENCES, rate=0.4, seed=1, cache_dir=tmp_path)
+    file, = tmp_path.iterdir()
+    content = file.read_bytes()
+    lines = content.splitlines(keepends=True)
+    cuts = [0, 1, len(lines[0]), len(lines[0]) - 2, sum(map(len, lines[:3])), len(content) // 2, len(content) - 3]
+    for cut in cuts:
+        file.write_bytes(content[:cut])
+        assert replace_all(SENTENCES, rate=0.4, seed=1, cache_dir=tmp_path) == whole
+        assert file.read_bytes() == content, "made again"
+    file.write_bytes(b"\xff" + content)
+    assert replace_all(SENTENCES, rate=0.4, seed=1, cache_dir=tmp_path) == whole
+
+
+# Bad input and edges
+
+@pytest.mark.parametrize("rate", [-0.01, 1.01, float("nan"), 25])
+def test_rate_outside(rate):
+    for call in (lambda: replace_synonyms("A dog.", rate=rate, seed=0), lambda: replace_all([], rate=rate, seed=0)):
+        with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]"):
+            call()
+
+
+@pytest.mark.parametrize("span", [(-1, 3), (0, 99), (4, 2)])
+def test_span_outside(span):
+    with pytest.raises(ValueError, match="outside the text of 6 characters"):
+        replace_synonyms("A dog.", rate=1, seed=0, span=span)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "...", "?", "\n", "the", "zorblax", "Zorblax!", "42", "a", "an",
+                                  "not of the", "a/b \\ c_d", "😀 ’ “quoted”", "x\u2028y\u00a0z"])
+def test_text_without_candidates_comes_back(text):
+    done = replace_synonyms(text, rate=1, seed=0)
+    assert (done.text, done.changes, done.made) == (text, (), 0)
+
+
+def test_text_of_one_token():
+    assert replace_synonyms("film", rate=1, seed=0) == ("movie", (Change(0, 4, "film", "movie"),))
+    assert replace_synonyms("film", rate=0, seed=0).text == "film"
+
+
+def test_lists():
+    assert replace_all([], rate=0.5, seed=0) == []
+    with pytest.raises(ValueError, match="one length, got 2, 1"):
+        replace_all(["a", "b"], item_ids=["x"], rate=0.5, seed=0)
+    with pytest.raises(TypeError, match="replace_synonyms"):
+        replace_all("a text", rate=0.5, seed=0)
+
+
+# Quality
+
+def test_quality_counts():
+    texts = ["The old dogs sleep.", "An apple."]
+    source = {"dogs": ["hound"], "apple": ["quickly"], "old": ["ancient"]}
+    done = replace_all(texts, rate=1, seed=0, source=source)
+    quality = replacement_quality(texts, done)
+    assert (quality["content_words"], quality["requested"], quality["made"]) == (4, 4, 3)
+    assert quality["coverage"] == quality["reached"] == 3 / 4 and quality["texts_reached"] == 1 / 2
+    assert quality["wrong_part_of_speech"] == quality["broken_inflection"] == quality["changed_article"] == 1 / 3
+    assert mark_changes(texts[1], done[1]) == "[An → A] [apple → quickly]."
+    assert math.isnan(replacement_quality([""], replace_all([""], rate=1, seed=0))["coverage"])
+
+
+def test_gate_beats_baseline_on_mistakes():
+    table = quality_table(SENTENCES, rates=(0.25, 1.0)).set_index(["source", "rate"])
+    ours, baseline = table.loc[("wordnet", 1.0)], table.loc[("first lemma of any sense", 1.0)]
+    assert ours["wrong_part_of_speech"] + ours["broken_inflection"] < 0.1
+    assert baseline["wrong_part_of_speech"] + baseline["broken_inflection"] > 0.3
+    assert 0 < ours["coverage"] < baseline["coverage"] and ours["no_candidate"] == 1 - ours["coverage"]
+    assert first_lemma_of_any_sense("dogs", "NNS") == ("dog",)
