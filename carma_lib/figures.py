@@ -21,14 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from .files import whole_file
+from .results import METHOD_LABELS
 
 COLUMN, PAGE = 3.3, 6.8
-METHOD_LABELS = {
-    "untuned": "untuned", "fine_tuning": "fine-tuning", "carma": "CARMA",
-    "mutual_information_only": "MI only", "stability_only": "stability only", "r_drop": "R-Drop",
-    "neftune": "NEFTune", "label_smoothing": "label smoothing",
-    "synonym_augmentation": "synonym augmentation", "l2_sp": "L2-SP",
-}
 _PALETTE = sns.color_palette("colorblind").as_hex()
 METHOD_COLOURS = dict(zip(METHOD_LABELS, (
     "#7f7f7f", _PALETTE[0], _PALETTE[1], _PALETTE[2], _PALETTE[4], _PALETTE[3], _PALETTE[9], _PALETTE[5],
@@ -47,14 +42,14 @@ def method_order(methods: pd.Series) -> list[str]:
     """The methods present, in the order of `METHOD_LABELS`; ValueError for one without a colour."""
     present = set(methods.astype(str))
     if unknown := sorted(present - set(METHOD_LABELS)):
-        raise ValueError(f"no colour for the methods {unknown}; add them to METHOD_LABELS of carma_lib.figures")
+        raise ValueError(f"no colour for the methods {unknown}; add them to results.METHOD_LABELS")
     return [method for method in METHOD_LABELS if method in present]
 
 
 def _one(table: pd.DataFrame, columns: list[str], figure: str) -> None:
     for name in columns:
         if name in table.columns and table[name].nunique(dropna=False) > 1:
-            raise ValueError(f"{figure} shows one {name}, the table holds {list(table[name].unique())}; filter it")
+            raise ValueError(f"{figure} shows one {name}, not {list(table[name].unique())}; filter the table")
     if table.empty:
         raise ValueError(f"{figure}: the table has no rows; check the filter before this call")
 
@@ -77,8 +72,9 @@ def _panels(width: float, height: float, columns: int = 1, sharey: bool = False)
 
 def _error_bar(axes: Axes, x, rows: pd.DataFrame, method: str, line: str = "none") -> None:
     spread = np.abs(rows[["low", "high"]].to_numpy(float).T - rows["estimate"].to_numpy(float))
-    axes.errorbar(x, rows["estimate"], yerr=spread, color=METHOD_COLOURS[method], label=METHOD_LABELS[method],
-                  marker=METHOD_MARKERS[method], markersize=4.5, capsize=2, elinewidth=1, linestyle=line, zorder=3)
+    axes.errorbar(x, rows["estimate"], yerr=spread, linestyle=line, color=METHOD_COLOURS[method],
+                  marker=METHOD_MARKERS[method], label=METHOD_LABELS[method], markersize=4.5, capsize=2,
+                  elinewidth=1, zorder=3)
 
 
 def save_figure(figure: Figure, folder: str | os.PathLike, name: str, data: pd.DataFrame) -> Path:
@@ -97,7 +93,7 @@ def save_figure(figure: Figure, folder: str | os.PathLike, name: str, data: pd.D
 
 @_styled
 def learning_curves(history: pd.DataFrame) -> Figure:
-    """Task loss, mutual information, stability, validation accuracy by step: thin lines seeds, thick the mean.
+    """Task loss, mutual information, stability, validation accuracy by step: thin lines seeds, thick mean.
 
     `history`: columns task, method, seed, step and any of task_loss, mutual_information, stability,
     validation_accuracy, NaN where a row does not hold one.
@@ -137,7 +133,8 @@ def _legend_below(figure: Figure, panels: np.ndarray) -> None:
 def by_method(estimates: pd.DataFrame, values: pd.DataFrame | None = None, *, label: str) -> Figure:
     """One estimate a method, one panel a split: marker and bar are estimate and interval, dots the seeds.
 
-    `estimates` from `statistics.summarise` or `coefficient_of_variation`, `values` from `per_seed`, both filtered to one task, model, condition and budget (an untuned model's budget of 0 aside).
+    `estimates` from `statistics.summarise` or `coefficient_of_variation`, `values` from `per_seed`, both
+    filtered to one task, model, condition and budget (an untuned model's budget of 0 aside).
     """
     _one(estimates, ["task", "model", "condition", "rate", "source", "start_layer", "protocol"], "by_method")
     if estimates.duplicated(["split", "method"]).any():
@@ -177,7 +174,8 @@ def consist_syn_by_rate(estimates: pd.DataFrame, values: pd.DataFrame) -> Figure
 
 
 @_styled
-def pooling_by_depth(estimates: pd.DataFrame, values: pd.DataFrame, *, label: str = "accuracy kept") -> Figure:
+def pooling_by_depth(estimates: pd.DataFrame, values: pd.DataFrame, *,
+                     label: str = "accuracy kept") -> Figure:
     """A pooling metric against the share of depth where pooling starts, one panel a protocol.
 
     `estimates` and `values` of 'accuracy_kept' or 'pooling_drop', one split; dots seeds, bars 95 % intervals.
@@ -213,26 +211,41 @@ def _by_condition(estimates: pd.DataFrame, values: pd.DataFrame, x: str, panel: 
 
 
 @_styled
-def forest_plot(differences: pd.DataFrame, *, x_label: str = "difference in percentage points") -> Figure:
-    """A row a comparison: estimate and 95 % interval of a difference of shares, drawn in percentage points.
+def forest_plot(comparisons: pd.DataFrame) -> Figure:
+    """A row a claim of `comparisons.primary_comparisons`: estimate and 95 % interval.
 
-    `differences`: columns name, estimate, low, high and, where known, method (colour), margin (a dotted mark at
-    minus the non-inferiority margin) and holm_p (filled marker: below 0.05 after Holm's correction).
+    Upper panel: differences of shares, in percentage points; a dotted mark at minus the non-inferiority
+    margin. Lower panel, if any: CV ratios on a logarithmic axis. Filled: p below 0.05 after Holm's
+    correction.
     """
-    _one(differences, [], "forest_plot")
-    rows = differences.dropna(subset=["estimate"]).iloc[::-1].reset_index(drop=True)
-    figure, (axes,) = _panels(PAGE, 0.7 + 0.3 * len(rows))
-    for place, row in rows.iterrows():
-        colour, marker = METHOD_COLOURS.get(row.get("method"), "black"), METHOD_MARKERS.get(row.get("method"), "o")
-        sure = pd.notna(row.get("holm_p")) and row["holm_p"] < 0.05
-        axes.plot([100 * row["low"], 100 * row["high"]], [place, place], color=colour, linewidth=1.6)
-        axes.plot(100 * row["estimate"], place, marker, color=colour, markersize=6,
-                  markerfacecolor=colour if sure else "white")
-        if pd.notna(row.get("margin")):
-            axes.plot([-100 * row["margin"]] * 2, [place - 0.35, place + 0.35], ":", color="black", linewidth=1.2)
-    axes.axvline(0, color="black", linewidth=0.8)
+    _one(comparisons, [], "forest_plot")
+    known = comparisons.dropna(subset=["estimate"])
+    ratio = known["kind"] == "cv ratio"
+    parts = [(rows, is_ratio) for is_ratio, rows in known.groupby(ratio)]
+    if not parts:
+        raise ValueError("forest_plot: no claim of the table could be tested; its notes say why")
+    figure, panels = plt.subplots(len(parts), 1, figsize=(PAGE, 0.75 * len(parts) + 0.28 * len(known)),
+                                  squeeze=False, height_ratios=[len(rows) + 0.5 for rows, _ in parts])
+    for axes, (rows, is_ratio) in zip(panels[:, 0], parts):
+        _forest(axes, rows.iloc[::-1], 1.0 if is_ratio else 100.0)
+        axes.axvline(1.0 if is_ratio else 0.0, color="black", linewidth=0.8)
+        axes.set_xlabel("ratio of coefficients of variation" if is_ratio else "difference, percentage points")
+        if is_ratio:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    return figure
+
+
+def _forest(axes: Axes, rows: pd.DataFrame, scale: float) -> None:
+    for place, row in enumerate(rows.to_dict("records")):
+        colour = METHOD_COLOURS[row["method"]]
+        axes.plot([scale * row["low"], scale * row["high"]], [place, place], color=colour, linewidth=1.6)
+        axes.plot(scale * row["estimate"], place, METHOD_MARKERS[row["method"]], color=colour, markersize=6,
+                  markerfacecolor=colour if row["holm_p"] < 0.05 else "white")
+        if row["margin"] > 0:
+            axes.plot([-scale * row["margin"]] * 2, [place - 0.35, place + 0.35], ":", color="black")
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
-    axes.set(xlabel=x_label, ylim=(-0.6, len(rows) - 0.4))
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_yticks(range(len(rows)), rows["name"])
-    return figure

@@ -39,6 +39,13 @@ RESULT_COLUMNS: dict[str, tuple[str, str]] = {
     "rank": ("int64", "rank of the target, 1 is best"),
     "log_probability": ("float64", "natural logarithm of the target's probability"),
 }
+#: Known methods and how figures, tables and sentences call them, in this order.
+METHOD_LABELS = {
+    "untuned": "untuned", "fine_tuning": "fine-tuning", "carma": "CARMA",
+    "mutual_information_only": "MI only", "stability_only": "stability only", "r_drop": "R-Drop",
+    "neftune": "NEFTune", "label_smoothing": "label smoothing",
+    "synonym_augmentation": "synonym augmentation", "l2_sp": "L2-SP",
+}
 CONDITIONS = ("clean", "replaced", "pooled")
 #: What identifies a row; two rows that agree in all of these are duplicates.
 KEY_COLUMNS = tuple(name for name in RESULT_COLUMNS if name not in
@@ -58,7 +65,7 @@ def check_results(frame: pd.DataFrame) -> pd.DataFrame:
     """
     missing = [name for name in RESULT_COLUMNS if name not in frame.columns]
     if missing:
-        raise ResultsError(f"result table lacks the columns {missing}; see RESULT_COLUMNS in carma_lib/results.py")
+        raise ResultsError(f"result table lacks the columns {missing}; see carma_lib.results.RESULT_COLUMNS")
     if frame.empty:
         raise ResultsError("result table has no rows; evaluate at least one method first")
     unpooled = frame["condition"].astype(str) != "pooled"

@@ -2,25 +2,21 @@
 
 Items are crossed with seeds: the same items are answered by every seed's model. A metric is, for each seed,
 a ratio of sums over items; its estimate is the mean of the seeds' ratios, and its interval asks how far that
-mean would move with other seeds *and* other items of the same kind (see `crossed_interval`).
-
-Why not the percentile of a two-level bootstrap: with 3 to 10 seeds it misses the truth too often when seeds
-differ much, because resampling n seeds gives (n-1)/n of their variance, and too seldom when they differ
-little, because item noise is counted twice. `benchmarks/statistics.py` measures both.
+mean would move with other seeds *and* other items of the same kind (`intervals.crossed_interval`).
 """
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+
+from .intervals import crossed_interval, cv_interval
 
 RUN_COLUMNS = ["task", "split", "model", "start", "budget", "method"]
 CONDITION_COLUMNS = ["condition", "source", "rate", "start_layer", "depth_share", "protocol", "level"]
 CELL_COLUMNS = RUN_COLUMNS + CONDITION_COLUMNS
-ESTIMATE_COLUMNS = ["estimate", "low", "high", "n_items", "n_seeds", "note"]
 
 Terms = tuple[np.ndarray, np.ndarray]
 
@@ -34,6 +30,7 @@ class Metric:
     columns: tuple[str, ...] = ("correct",)
     bounds: tuple[float, float] = (0.0, 1.0)
     against_clean: bool = False
+    lower_is_better: bool = False
 
 
 def _share(column: Callable[[pd.DataFrame], np.ndarray]) -> Callable[[pd.DataFrame], Terms]:
@@ -63,18 +60,8 @@ METRICS: dict[str, Metric] = {
                         ("replaced", "pooled"), ("correct", "prediction"), against_clean=True),
     "pooling_drop": Metric("accuracy lost under pooling: clean accuracy minus pooled accuracy, in shares",
                            _share(lambda rows: rows["clean_correct"] - rows["correct"].to_numpy(float)),
-                           ("pooled",), bounds=(-1.0, 1.0), against_clean=True),
+                           ("pooled",), bounds=(-1.0, 1.0), against_clean=True, lower_is_better=True),
 }
-
-
-class Interval(NamedTuple):
-    """An estimate with its confidence interval, standard error and degrees of freedom of Student's t."""
-    estimate: float
-    low: float
-    high: float
-    standard_error: float
-    degrees_of_freedom: float
-    note: str
 
 
 @dataclass
@@ -98,48 +85,8 @@ class Cell:
         return ratio + (self.numerator - ratio * self.denominator) / mean
 
 
-def crossed_interval(values: np.ndarray, *, confidence: float = 0.95,
-                     bounds: tuple[float, float] = (-np.inf, np.inf)) -> Interval:
-    """Mean of a seeds × items matrix with Student's t interval for crossed random seeds and items.
-
-    variance = s²(seed means) / seeds + max(0, s²(item means) / items - s²(residuals) / (seeds · items)),
-    degrees of freedom after Satterthwaite. The first term alone is the t interval over seeds; the second adds
-    what the choice of items contributes. Cut at `bounds`. Where one seed or one item stands alone the interval
-    covers the other factor only, and the note says so. Where all values are the same and equal to one of
-    `bounds`, the other end is the exact binomial limit for as many items.
-    """
-    values = np.asarray(values, dtype=float)
-    if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
-        raise ValueError("values must be a matrix, seeds × items, of finite numbers and not empty")
-    seeds, items = values.shape
-    by_seed, by_item, mean = values.mean(axis=1), values.mean(axis=0), values.mean()
-    if seeds == items == 1:
-        return Interval(mean, np.nan, np.nan, np.nan, np.nan, "one seed and one item: no interval")
-    if np.ptp(values) == 0:
-        edge = (1 - confidence) / 2
-        if bounds == (0, 1) and mean in bounds:
-            limit = edge ** (1 / items)
-            low, high = (limit, 1.0) if mean == 1 else (0.0, 1 - limit)
-            return Interval(mean, low, high, 0.0, np.nan, "all values the same: exact binomial limit over items")
-        return Interval(mean, mean, mean, 0.0, np.nan, "all values the same: interval without width")
-    seed_part = by_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
-    item_part = by_item.var(ddof=1) / items if items > 1 else 0.0
-    if seeds > 1 and items > 1:
-        residual = values - by_seed[:, None] - by_item + mean
-        item_part -= np.square(residual).sum() / ((seeds - 1) * (items - 1)) / (seeds * items)
-        item_part = max(item_part, 0.0)
-    variance = seed_part + item_part
-    if variance == 0:
-        return Interval(mean, mean, mean, 0.0, np.nan, "seeds and items do not differ: interval without width")
-    freedom = variance**2 / (seed_part**2 / max(seeds - 1, 1) + item_part**2 / max(items - 1, 1))
-    half = stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(variance)
-    note = ("one seed: interval over items only" if seeds == 1 else
-            "one item: interval over seeds only" if items == 1 else "")
-    return Interval(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), np.sqrt(variance), freedom, note)
-
-
 def require_columns(results: pd.DataFrame, columns: list[str]) -> None:
-    """ValueError where a column is absent or, `depth_share` aside, has missing values, or there are no rows."""
+    """ValueError where a column is absent or has missing values (`depth_share` may), or there are no rows."""
     missing = [name for name in columns if name not in results.columns]
     if missing:
         raise ValueError(f"the table lacks the columns {missing}")
@@ -147,14 +94,14 @@ def require_columns(results: pd.DataFrame, columns: list[str]) -> None:
         raise ValueError("the table has no rows; check the filter before this call")
     holes = [name for name in columns if name != "depth_share" and results[name].isna().any()]
     if holes:
-        raise ValueError(f"missing values in the columns {holes}; read tables with read_results, which says where")
+        raise ValueError(f"missing values in the columns {holes}; read_results says in which rows")
 
 
 def _with_clean(results: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     """Rows of the metric's conditions, with the same run's, seed's and item's clean answer beside each."""
     wanted = results["condition"].isin(metric.conditions).to_numpy()
     if not wanted.any():
-        raise ValueError(f"no row with condition {' or '.join(metric.conditions)}; evaluate that condition first")
+        raise ValueError(f"no row with condition {' or '.join(metric.conditions)}; evaluate that first")
     if not metric.against_clean:
         return results if wanted.all() else results[wanted]
     run = results.groupby([*RUN_COLUMNS, "seed"], observed=True).ngroup().to_numpy()
@@ -166,11 +113,11 @@ def _with_clean(results: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     place = np.searchsorted(key[clean], key[wanted]).clip(max=max(len(clean) - 1, 0))
     found = key[clean][place] == key[wanted] if len(clean) else np.zeros(len(rows), bool)
     if not found.any():
-        raise ValueError("no item has a clean answer beside the changed one; keep condition 'clean' in the table")
+        raise ValueError("no changed item has its clean answer; keep the rows of condition 'clean'")
     added = {"clean_correct": np.where(found, results["correct"].to_numpy(float)[clean][place], np.nan)}
     if "prediction" in metric.columns:
         code = pd.factorize(results["prediction"])[0]
-        added |= {"clean_prediction": np.where(found, code[clean][place], -1), "prediction_code": code[wanted]}
+        added |= {"clean_prediction": code[clean][place], "prediction_code": code[wanted]}
     return rows.assign(**added)
 
 
@@ -183,8 +130,9 @@ def cells(results: pd.DataFrame, metric: str) -> Iterator[tuple[dict, Cell]]:
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known are {list(METRICS)}")
     chosen = METRICS[metric]
-    require_columns(results, [*CELL_COLUMNS, "seed", "item_id", *chosen.columns])
-    rows = _with_clean(results, chosen)
+    columns = [*CELL_COLUMNS, "seed", "item_id", *chosen.columns]
+    require_columns(results, columns)
+    rows = _with_clean(results[columns], chosen)
     numerator, denominator = chosen.terms(rows)
     if chosen.against_clean:
         denominator = np.where(rows["clean_correct"].isna(), np.nan, denominator)
@@ -197,19 +145,20 @@ def cells(results: pd.DataFrame, metric: str) -> Iterator[tuple[dict, Cell]]:
         items, column = np.unique(item[index], return_inverse=True)
         filled = np.zeros((2, len(seeds), len(items))) * np.nan
         filled[:, row, column] = numerator[index], denominator[index]
-        if len(np.unique(row * len(items) + column)) < len(index):
-            raise ValueError(f"duplicate rows: an item stands twice for one seed in {key}; read each run once")
+        if np.bincount(row * len(items) + column).max() > 1:
+            raise ValueError(f"duplicate rows: an item twice for one seed in {key}; read each run once")
         yield key, _complete(Cell(seeds, names[items], *filled))
 
 
 def _complete(cell: Cell) -> Cell:
-    """The cell without items that a seed lacks and without seeds whose denominator is zero, and notes on both."""
+    """The cell without items that a seed lacks and seeds whose denominator is zero, and notes on both."""
     whole = np.isfinite(cell.denominator).all(axis=0)
     if not whole.all():
         cell.notes.append(f"{int((~whole).sum())} items not answered by every seed (or not clean) left out")
     some = (cell.denominator[:, whole] > 0).any(axis=1)
     if not some.any():
-        cell.notes.append("no item answered right before the change" if whole.any() else "no item common to all seeds")
+        cell.notes.append("no item answered right before the change" if whole.any() else
+                          "no item answered by every seed")
     elif not some.all():
         cell.notes.append(f"seeds {', '.join(map(str, cell.seeds[~some]))} without a right item left out")
     return Cell(cell.seeds[some], cell.items[whole], cell.numerator[some][:, whole],
@@ -219,7 +168,8 @@ def _complete(cell: Cell) -> Cell:
 def summarise(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -> pd.DataFrame:
     """One row a cell of the design: `CELL_COLUMNS`, metric, estimate, low, high, n_items, n_seeds, note.
 
-    `metric` is a key of `METRICS`; the interval is `crossed_interval`. An empty estimate has its reason in `note`.
+    `metric` is a key of `METRICS`, the interval is `crossed_interval`. The note says why an estimate is
+    empty.
     """
     lines = []
     for key, cell in cells(results, metric):
@@ -253,8 +203,8 @@ def accuracy(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame
 def consist_syn(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
     """ConsistSyn: of the items a model got right, the share it still gets right after synonym replacement.
 
-    Per cell of condition 'replaced', with its interval (see `summarise`). DESIGN, Decisions taken: the paper's
-    own definition was not at hand; its code measures retention on the items right before the change.
+    Per cell of condition 'replaced', with its interval (see `summarise`). DESIGN, Decisions taken: the
+    paper's own definition was not at hand; its code measures retention on the items right before the change.
     """
     return summarise(results, "consist_syn", confidence=confidence)
 
@@ -264,38 +214,72 @@ def pooling_drop(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataF
     return summarise(results, "pooling_drop", confidence=confidence)
 
 
-def _spread(values: np.ndarray, confidence: float) -> tuple[float, float, float, str]:
-    """CV of the seeds' values, its interval and a note."""
-    n, mean = len(values), values.mean()
-    if n < 2:
-        return np.nan, np.nan, np.nan, "one seed: no spread to measure"
-    if mean <= 0:
-        return np.nan, np.nan, np.nan, "mean is not above 0: CV undefined"
-    ratio = values.std(ddof=1) / mean
-    if ratio < 1e-12:
-        return 0.0, 0.0, 0.0, "seeds do not differ"
-    edges = stats.chi2.ppf([(1 + confidence) / 2, (1 - confidence) / 2], n - 1)
-    below = ((edges + 2) / n - 1) * ratio**2 + edges / (n - 1)
-    low = ratio / np.sqrt(below[0])
-    if below[1] <= 0:
-        return ratio, low, np.inf, "too few seeds for an upper limit at this spread"
-    return ratio, low, ratio / np.sqrt(below[1]), ""
-
-
 def coefficient_of_variation(results: pd.DataFrame, metric: str = "accuracy", *,
                              confidence: float = 0.95) -> pd.DataFrame:
     """CV = standard deviation (n - 1) over mean of a metric across seeds, per cell of the design.
 
-    The interval is Vangel's modified McKay interval for the CV of normal values (The American Statistician
-    50, 1996). It speaks of seeds on these items: the items are not resampled, so the seeds' spread holds what
-    chance answers on finitely many items add. DESIGN, Decisions taken: the paper's own definition of CV was
-    not at hand.
+    The interval is `intervals.cv_interval`. It speaks of seeds on these items: the items are not resampled,
+    so the seeds' spread holds what chance answers on finitely many items add. DESIGN, Decisions taken: the
+    paper's own definition of CV was not at hand.
     """
     lines = []
     for key, cell in cells(results, metric):
-        values = cell.values.mean(axis=1) if cell.denominator.any() else np.array([])
-        found = _spread(values, confidence) if len(values) else (np.nan, np.nan, np.nan, "")
-        lines.append(key | {"metric": f"cv_{metric}"} | dict(zip(("estimate", "low", "high"), found)) | {
-            "n_items": len(cell.items), "n_seeds": len(values),
-            "note": "; ".join(filter(None, [*cell.notes, found[3]]))})
+        line = key | {"metric": f"cv_{metric}", "estimate": np.nan, "low": np.nan, "high": np.nan,
+                      "n_items": len(cell.items), "n_seeds": len(cell.seeds)}
+        notes = cell.notes
+        if cell.denominator.any():
+            found = cv_interval(cell.values.mean(axis=1), confidence=confidence)
+            line |= {"estimate": found.estimate, "low": found.low, "high": found.high}
+            notes = [*notes, found.note]
+        lines.append(line | {"note": "; ".join(filter(None, notes))})
     return pd.DataFrame(lines)
+
+
+def _over_seeds(results: pd.DataFrame, metric: str, value: Callable[[pd.DataFrame], float],
+                confidence: float) -> pd.DataFrame:
+    """A metric that is no sum over items: one value a seed, Student's t interval over seeds alone."""
+    lines = []
+    for _, rows in results.groupby(CELL_COLUMNS, observed=True, dropna=False, sort=False):
+        values = np.array([[value(of_seed)] for _, of_seed in rows.groupby("seed")])
+        found = crossed_interval(values, confidence=confidence, bounds=(0.0, 1.0))
+        lines.append(rows.iloc[0][CELL_COLUMNS].to_dict() | {
+            "metric": metric, "estimate": found.estimate, "low": found.low, "high": found.high,
+            "n_items": rows["item_id"].nunique(), "n_seeds": len(values),
+            "note": "one seed: no interval" if len(values) == 1 else "interval over seeds only"})
+    return pd.DataFrame(lines)
+
+
+def macro_f1(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
+    """Mean over the targets' classes of F1 = 2 · hits / (targets + predictions), per cell.
+
+    A class that is no item's target has no part in the mean; predicting one counts against the true class
+    only.
+    """
+    require_columns(results, [*CELL_COLUMNS, "seed", "item_id", "target", "prediction"])
+
+    def score(rows: pd.DataFrame) -> float:
+        target, classes = pd.factorize(rows["target"])
+        prediction = classes.get_indexer(rows["prediction"])
+        hits, known = target[prediction == target], prediction[prediction >= 0]
+        count = [np.bincount(codes, minlength=len(classes)) for codes in (hits, target, known)]
+        return float((2 * count[0] / (count[1] + count[2])).mean())
+
+    return _over_seeds(results, "macro_f1", score, confidence)
+
+
+def expected_calibration_error(results: pd.DataFrame, *, bins: int = 10,
+                               confidence: float = 0.95) -> pd.DataFrame:
+    """ECE: Σ over bins of share of items · |accuracy - mean probability of the prediction|, per cell.
+
+    Needs the column `prediction_probability`, in [0, 1]; bins are of equal width.
+    """
+    require_columns(results, [*CELL_COLUMNS, "seed", "item_id", "correct", "prediction_probability"])
+    if not results["prediction_probability"].between(0, 1).all():
+        raise ValueError("prediction_probability must lie in [0, 1]")
+
+    def score(rows: pd.DataFrame) -> float:
+        sure, right = rows["prediction_probability"].to_numpy(float), rows["correct"].to_numpy(float)
+        place = np.minimum((sure * bins).astype(int), bins - 1)
+        return float(np.abs(np.bincount(place, right - sure)).sum() / len(rows))
+
+    return _over_seeds(results, "expected_calibration_error", score, confidence)
