@@ -176,7 +176,10 @@ def _with_keys(value: object, keys: tuple[str, ...], entry: str) -> dict:
 
 
 class SynonymChoice:
-    """Writes some words as one of their synonyms: the one written least so far."""
+    """Writes some words as one of their synonyms, the one written least so far.
+
+    A word is replaced until each of its synonyms was written once, then with probability `rate`.
+    """
 
     def __init__(self, synonyms: dict[str, list[str]], rate: float, rng: random.Random):
         if not 0 <= rate <= 1:
@@ -190,9 +193,11 @@ class SynonymChoice:
     def _word(self, match: re.Match) -> str:
         word = match[0]
         choices = self.synonyms.get(word)
-        if not choices or self.rng.random() >= self.rate:
+        if not choices or not self.rate:
             return word
         chosen = min(choices, key=lambda choice: (self.written[choice], self.rng.random()))
+        if self.written[chosen] and self.rng.random() >= self.rate:
+            return word
         self.written[chosen] += 1
         return chosen
 

@@ -31,7 +31,8 @@ def inverse_dictionary_rows(
 
     seed            same seed, same rows
     sizes           rows by split, put over `SIZES`
-    synonym_rate    share of the words with synonyms that are written as one of them
+    synonym_rate    share of the words with synonyms that are written as one of them, once each synonym was
+                    written; 0 writes none
     held_out_share  share of a term's pairs kept for test_held_out (at least one, if its features allow it)
 
     Raises ValueError for an unknown split, a size below 1 or above what the lexicon can give, or a bad share.
@@ -122,7 +123,7 @@ def _fill(
 
 
 def _worded(lexicon: Lexicon, genus: str, features: tuple[str, ...], rng: random.Random) -> str:
-    """One wording, phrases in brackets: "[A small bird] [with long legs] [that eats fish] and [swims well]"."""
+    """One wording with its phrases in brackets: "[A small bird] [that eats fish] and [swims well]"."""
     adjectives = [feature for feature in features if feature in lexicon.adjectives]
     others = [feature for feature in features if feature not in lexicon.adjectives]
     rng.shuffle(others)
