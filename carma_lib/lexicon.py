@@ -6,6 +6,7 @@ Tags are those of the Penn Treebank. Heavy libraries are imported when first use
 from __future__ import annotations
 
 import io
+import re
 import socket
 from collections import Counter
 from functools import lru_cache
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 DEBIAN_FOLDER = Path("/usr/share/wordnet")
 DOWNLOAD_TIMEOUT = 15  # seconds
+EXAMPLES = re.compile(r'\s*;\s*[;"-]')  # where NLTK leaves the remains of a definition's examples
 # What makes a synonym; see `synonyms` and `usual_part_of_speech`.
 AGREEMENT = 0.5
 RARITY = 0.1
@@ -129,13 +131,16 @@ def definition_pairs() -> pandas.DataFrame:
     """Every (lemma, synset) pair of WordNet, in WordNet's order; takes seconds, so cache what you make of it.
 
     Columns: lemma (as WordNet writes it, "hot_dog"), synset ("dog.n.01"), part_of_speech ("n", "v", "a",
-    "s" for satellite adjectives, "r"), definition (without the examples), count (tagged uses of this sense).
+    "s" for satellite adjectives, "r"), definition (without the examples and the names of those quoted in
+    them), count (tagged uses of this sense).
     """
     import pandas
 
-    counts = sense_counts()
-    rows = [(lemma.name(), synset.name(), synset.pos(), synset.definition(), counts.get(lemma.key(), 0))
-            for synset in wordnet().all_synsets() for lemma in synset.lemmas()]
+    counts, rows = sense_counts(), []
+    for synset in wordnet().all_synsets():
+        definition = EXAMPLES.split(synset.definition())[0].strip()
+        rows += [(lemma.name(), synset.name(), synset.pos(), definition, counts.get(lemma.key(), 0))
+                 for lemma in synset.lemmas()]
     return pandas.DataFrame(rows, columns=["lemma", "synset", "part_of_speech", "definition", "count"])
 
 

@@ -15,6 +15,7 @@ from carma_lib.perturbation import (
 from carma_lib.perturbation_quality import (
     first_lemma_of_any_sense, mark_changes, quality_table, replacement_quality)
 from carma_lib.tagging import fixed_words, is_content, tagged_words
+from carma_lib.tasks.controlled import controlled_synonyms
 
 SENTENCES = [
     "The film begins slowly, but the children often enjoy a huge and fascinating story.",
@@ -215,6 +216,22 @@ def test_looser_gate_changes_more():
     loose = functools.partial(synonym_forms, agreement=0.1)
     assert sum(done.made for done in replace_all(SENTENCES, rate=1, seed=0, source=loose)) > sum(
         done.made for done in replace_all(SENTENCES, rate=1, seed=0))
+
+
+def test_controlled_lexicon_is_a_source():
+    source = controlled_synonyms()
+    words = sorted(source)[:60]
+    for start in range(0, len(words), 6):
+        text = "It is a " + " and a ".join(words[start:start + 6])
+        done = replace_synonyms(text, rate=1, seed=start, source=source)
+        new = [change for change in done.changes if change.before not in ("a", "an")]
+        assert [change.before for change in new] == words[start:start + 6]
+        assert all(change.after in source[change.before] for change in new)
+    code = ("from carma_lib import lexicon; lexicon.wordnet = None\n"
+            "from carma_lib.perturbation import replace_synonyms as replace\n"
+            "print(replace('Old dogs zorblaxed.', rate=1, seed=0, source={'dogs': ['hounds']}, forbidden='pup').text)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "Old hounds zorblaxed.", "a dict needs no WordNet: " + done.stderr
 
 
 # Adversary
