@@ -1,4 +1,5 @@
 """The controlled lexicon and its two tasks, read back from the finished texts by plain rules of their own."""
+import copy
 import hashlib
 import json
 import os
@@ -19,9 +20,9 @@ from carma_lib.tasks.controlled_opinions import sentiment_rows
 LEXICON = load_lexicon()
 CANONICAL = {word: min([word, *others]) for word, others in LEXICON.synonyms.items()}
 FUNCTION_WORDS = set(
-    "a an the any that which with of on in at by for to from near into over through against between as its and or but "
-    "is was has seemed did not never hardly failed neither nor although though even despite this us me everyone two four"
-    .split())
+    "a an the any that which with of on in at by for to from near into over through against between as its and "
+    "or but is was has seemed did not never hardly failed neither nor although though even despite this us me "
+    "everyone two four".split())
 SMALL = {"train": 700, "validation": 30, "test_seen": 30, "test_held_out": 30, "test_longer": 30}
 
 
@@ -43,14 +44,15 @@ def canonical(text):
     return " ".join(CANONICAL.get(word, word) for word in words(text))
 
 
-def replaced(text, rng, rate=0.5):
+def replaced(text, rng):
+    """Half of the words that have synonyms written as one of them."""
     def swap(match):
         choices = LEXICON.synonyms.get(match[0])
-        return rng.choice(choices) if choices and rng.random() < rate else match[0]
+        return rng.choice(choices) if choices and rng.random() < 0.5 else match[0]
     return re.sub("[A-Za-z]+", swap, text)
 
 
-# --- the lexicon ---------------------------------------------------------------------------------------------
+# --- the lexicon
 
 def test_counts():
     assert len(LEXICON.terms) >= 250
@@ -71,10 +73,11 @@ def test_features_are_shared_within_and_across_genera():
     assert len(alone) < sum(map(len, LEXICON.terms.values())) / 10
 
 
-def test_most_content_words_have_three_synonyms(definitions, opinions):
-    plain = [inverse_dictionary_rows(LEXICON, seed=1, synonym_rate=0), sentiment_rows(LEXICON, seed=1, synonym_rate=0)]
-    counts = Counter(word for rows in plain for split in rows.values() for row in split for word in words(row["text"])
-                     if word not in FUNCTION_WORDS)
+def test_most_content_words_have_three_synonyms():
+    counts = Counter()
+    for make in (inverse_dictionary_rows, sentiment_rows):
+        for rows in make(LEXICON, seed=1, synonym_rate=0).values():
+            counts.update(word for row in rows for word in words(row["text"]) if word not in FUNCTION_WORDS)
     rich = [word for word in counts if len(LEXICON.synonyms.get(word, [])) >= 3]
     assert len(rich) > 0.65 * len(counts)
     assert sum(counts[word] for word in rich) > 0.75 * counts.total()
@@ -93,39 +96,43 @@ def test_every_synonym_is_seen_in_training(definitions, opinions):
     assert sorted(LEXICON.synonyms.keys() - seen) == []
 
 
-# --- both tasks ----------------------------------------------------------------------------------------------
+# --- both tasks
 
 @pytest.mark.parametrize("task", ["definitions", "opinions"])
 def test_rows(task, request):
     rows = request.getfixturevalue(task)
     assert {split: len(found) for split, found in rows.items()} == {
-        "train": 4500 if task == "definitions" else 4000, "validation": 500,
-        "test_seen": 600, "test_held_out": 600, "test_longer": 600}
+        "train": {"definitions": 4500, "opinions": 4000}[task],
+        "validation": 500, "test_seen": 600, "test_held_out": 600, "test_longer": 600}
     everything = [row for split in rows.values() for row in split]
-    assert len({row["text"] for row in everything}) == len({row["item_id"] for row in everything}) == len(everything)
+    for column in ("text", "item_id"):
+        assert len({row[column] for row in everything}) == len(everything)
     for row in everything:
         assert list(row) == ["item_id", "text", "target", "phrases", "group"]
-        text = row["text"]
-        assert re.fullmatch(r"[A-Z][A-Za-z]*(,? [a-z]+)+", text)
-        ends = [0, *(end for _, end in row["phrases"])]
+        assert re.fullmatch(r"[A-Z][a-z]*(,? [a-z]+)+", row["text"])
+
+
+@pytest.mark.parametrize("task", ["definitions", "opinions"])
+def test_phrases_are_whole_words_apart_from_each_other(task, request):
+    for row in (row for split in request.getfixturevalue(task).values() for row in split):
+        text, between, last = row["text"], "", 0
         assert len(row["phrases"]) >= 2
-        for (start, end), before in zip(row["phrases"], ends):
-            assert before <= start < end <= len(text)
-            assert re.fullmatch(r"\w.*\w", text[start:end]) and " " in text[start:end]
-            assert re.fullmatch(r"|.*\W", text[:start]) and re.fullmatch(r"|\W.*", text[end:])
-        outside = "".join(" " * (end - start) if any(s <= start < e for s, e in row["phrases"]) else text[start:end]
-                          for start, end in ((i, i + 1) for i in range(len(text))))
-        assert set(words(outside)) <= {"and", "but", "although", "though", "even"}
+        for start, end in row["phrases"]:
+            assert last <= start < end <= len(text)
+            assert re.fullmatch(r"\w+( \w+)+", text[start:end]), text
+            between += text[last:start] + " "
+            last = end
+        assert set(words(between)) <= {"and", "but", "although", "though", "even"}
+        assert last == len(text)
 
 
 @pytest.mark.parametrize("task", ["definitions", "opinions"])
 def test_articles_agree_also_after_replacement(task, request):
     rng = random.Random(0)
-    for split in request.getfixturevalue(task).values():
-        for row in split:
-            for text in (row["text"], replaced(row["text"], rng)):
-                for article, word in re.findall(r"\b([Aa]n?) ([a-z]+)", text):
-                    assert (article.lower() == "an") == (word[0] in "aeiou"), text
+    for row in (row for split in request.getfixturevalue(task).values() for row in split):
+        for text in (row["text"], replaced(row["text"], rng)):
+            for article, word in re.findall(r"\b([Aa]n?) ([a-z]+)", text):
+                assert (article.lower() == "an") == (word[0] in "aeiou"), text
 
 
 @pytest.mark.parametrize("make", [inverse_dictionary_rows, sentiment_rows])
@@ -134,19 +141,17 @@ def test_seed_decides_the_rows(make):
     assert make(LEXICON, seed=3, sizes=SMALL) != make(LEXICON, seed=4, sizes=SMALL)
 
 
-def test_rows_do_not_depend_on_string_hashes():
-    code = """
-import hashlib, json
-from tests.test_controlled import LEXICON, SMALL, inverse_dictionary_rows, sentiment_rows
-rows = [make(LEXICON, seed=0, sizes=SMALL) for make in (inverse_dictionary_rows, sentiment_rows)]
-print(hashlib.sha256(json.dumps([rows, LEXICON.synonyms]).encode()).hexdigest())
-"""
-    digests = [subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
-                              capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(__file__))).stdout
-               for seed in ("1", "2")]
+def digest():
     rows = [make(LEXICON, seed=0, sizes=SMALL) for make in (inverse_dictionary_rows, sentiment_rows)]
-    here = hashlib.sha256(json.dumps([rows, LEXICON.synonyms]).encode()).hexdigest()
-    assert digests == [here + "\n"] * 2
+    return hashlib.sha256(json.dumps([rows, LEXICON.synonyms]).encode()).hexdigest()
+
+
+def test_rows_do_not_depend_on_string_hashes():
+    for hash_seed in ("1", "2"):
+        done = subprocess.run([sys.executable, "-c", "import test_controlled; print(test_controlled.digest())"],
+                              env={**os.environ, "PYTHONHASHSEED": hash_seed}, cwd=os.path.dirname(__file__),
+                              check=True, capture_output=True, text=True)
+        assert done.stdout.strip() == digest()
 
 
 @pytest.mark.parametrize("make", [inverse_dictionary_rows, sentiment_rows])
@@ -165,11 +170,11 @@ def test_bad_options(make, options, message):
 def test_too_large_a_split(make, tmp_path, monkeypatch):
     monkeypatch.setattr(controlled_opinions, "TRIES", 5)
     (tmp_path / "lexicon.yml").write_text(yaml.safe_dump(SOUND))
-    with pytest.raises(ValueError, match="gives only [0-9]+ .* for split 'train', not 5000; lower its size or add"):
+    with pytest.raises(ValueError, match="gives only [0-9]+ .* for split 'train', not 5000; lower its size"):
         make(load_lexicon(tmp_path / "lexicon.yml"), seed=0, sizes={"train": 5000})
 
 
-# --- definitions ---------------------------------------------------------------------------------------------
+# --- definitions
 
 GENERA = {canonical(genus): genus for genus in LEXICON.genus.values()}
 FEATURES = {canonical(feature): feature for features in LEXICON.terms.values() for feature in features}
@@ -183,7 +188,7 @@ def read_definition(row):
     features = [*opening.sub("", noun.removesuffix(genus)).split()]
     for clause in clauses:
         core = re.sub("^(that|which) ", "", clause)
-        options = [core, core.removeprefix("is "), re.sub("^with ", "has ", core), "is " + core]
+        options = [core, core.removeprefix("is "), re.sub("^with ", "has ", core), f"is {core}"]
         features.append(next(option for option in options if option in FEATURES))
     return GENERA[genus], frozenset(FEATURES[feature] for feature in features)
 
@@ -201,7 +206,8 @@ def test_a_definition_fits_its_term_only(definitions):
 def test_a_definition_never_holds_its_term(definitions):
     for split in definitions.values():
         for row in split:
-            possible = {form for word in words(row["text"]) for form in [word, *LEXICON.synonyms.get(word, [])]}
+            possible = set(words(row["text"]))
+            possible |= {other for word in possible for other in LEXICON.synonyms.get(word, [])}
             stem = row["target"].removesuffix("y").removesuffix("e")
             forms = {row["target"], *(stem + ending for ending in ("s", "es", "ies", "ed", "ing", "er", "y"))}
             assert not possible & forms, row
@@ -229,40 +235,36 @@ def test_definition_splits_keep_their_promises(definitions):
     assert len(sets["test_held_out"]) > 0.95 * len(LEXICON.terms)
 
 
-# --- opinions ------------------------------------------------------------------------------------------------
+# --- opinions
 
-SUBORDINATOR = r"(?:even though|although|though)"
+SUBORDINATOR = "(?:even though|although|though)"
+POLARITY, PAST = {}, {}  # by the canonical form of an opinion word; PAST undoes "did not impress"
+for _label in LABELS:
+    _kinds = LEXICON.opinions[_label]
+    _own = [word for domain in LEXICON.opinions["domains"].values() for word in domain.get(_label, [])]
+    for _word in [*_kinds["gradable"], *_kinds["strong"], *_kinds["verbs"], *_kinds["verbs"].values(), *_own]:
+        POLARITY[CANONICAL[_word]] = _label
+    PAST |= {CANONICAL[base]: CANONICAL[past] for past, base in _kinds["verbs"].items()}
 
 
-def polarity_of(adjective_or_verb):
-    for label in LABELS:
-        kinds = LEXICON.opinions[label]
-        own = [word for domain in LEXICON.opinions["domains"].values() for word in domain.get(label, [])]
-        forms = [*kinds["gradable"], *kinds["strong"], *kinds["verbs"], *kinds["verbs"].values(), *own]
-        if adjective_or_verb in {CANONICAL[form] for form in forms}:
-            return label
-    raise AssertionError(adjective_or_verb)
+def opinion_words(clause):
+    return [CANONICAL[word] for word in words(clause) if CANONICAL.get(word) in POLARITY]
+
+
+def is_negated(clause):
+    return bool(re.search(" (not|never|hardly|failed to) ", clause))
 
 
 def label_of_clause(clause):
-    """The rule, restated: the last opinion word counts; "neither" makes neutral, a negation lowers by one step."""
-    found = [word for word in words(clause) if word not in FUNCTION_WORDS]
-    opinion = [CANONICAL[word] for word in found if word in CANONICAL and is_opinion(CANONICAL[word])][-1]
+    """The rule, restated: "neither" makes neutral, a negation lowers by one step."""
     if " neither " in clause:
         return "neutral"
-    negated = re.search(" (not|never|hardly|failed to) ", clause)
-    return {"positive": "negative", "negative": "neutral"}[polarity_of(opinion)] if negated else polarity_of(opinion)
-
-
-def is_opinion(word):
-    try:
-        return bool(polarity_of(word))
-    except AssertionError:
-        return False
+    polarity = POLARITY[opinion_words(clause)[-1]]
+    return {"positive": "negative", "negative": "neutral"}[polarity] if is_negated(clause) else polarity
 
 
 def label_of_sentence(text):
-    """The rule, restated: what follows "but" decides; in it, the clause that no subordinator opens."""
+    """The rule, restated: what follows "but" decides, and in it the clause that no "although" opens."""
     text = text[0].lower() + text[1:]
     text = text.split(", but ")[-1]
     opened = re.match(rf"(?:{SUBORDINATOR}|despite) [^,]+, (.*)", text)
@@ -289,22 +291,17 @@ def test_labels_are_balanced(opinions):
 def combinations_of(row):
     """(construct, opinion word) of every clause of a sentence, from its text alone."""
     text = row["text"][0].lower() + row["text"][1:]
-    compound = [name for name, sign in [("contrast", ", but "), ("concession", f"{SUBORDINATOR} |despite "),
-                                        ("conjunction", " and the ")] if re.search(sign, text)]
+    signs = {"contrast": ", but ", "concession": f"{SUBORDINATOR} |despite ", "conjunction": " and the "}
+    compound = [name for name, sign in signs.items() if re.search(sign, text)]
+    stress = {CANONICAL[word] for word in ("really", "very", "absolutely")}
     found = set()
-    for clause in re.split(rf",? and (?=the )|, but |, |{SUBORDINATOR} ", text):
-        opinion = [CANONICAL[word] for word in words(clause) if is_opinion(CANONICAL.get(word, ""))]
+    for clause in filter(opinion_words, re.split(f",? and (?=the )|, but |, |{SUBORDINATOR} ", text)):
         adverbs = {CANONICAL.get(word) for word in words(clause)}
-        if not opinion:
-            continue
-        construct = ("neither" if " neither " in clause
-                     else "negated" if re.search(" (not|never|hardly|failed to) ", clause)
+        construct = ("neither" if " neither " in clause else "negated" if is_negated(clause)
                      else "downtoned" if CANONICAL["rather"] in adverbs
-                     else "intensified" if adverbs & {CANONICAL[word] for word in ("really", "very", "absolutely")}
-                     else "plain")
-        base = {CANONICAL[base]: CANONICAL[past] for label in LABELS
-                for past, base in LEXICON.opinions[label]["verbs"].items()}
-        found |= {(name, base.get(opinion[0], opinion[0])) for name in (construct, *compound)}
+                     else "intensified" if adverbs & stress else "plain")
+        word = opinion_words(clause)[0]
+        found |= {(name, PAST.get(word, word)) for name in (construct, *compound)}
     return found
 
 
@@ -315,31 +312,31 @@ def test_opinion_splits_keep_their_promises(opinions):
         assert all(found <= train for found in used[split])
     for row, found in zip(opinions["test_held_out"], used["test_held_out"]):
         assert found - train, row["text"]
-        parts = [{combination[part] for combination in train} for part in (0, 1)]
-        assert all(construct in parts[0] and word in parts[1] for construct, word in found)
-    clauses = {split: {len(re.findall(r"\bthe ", row["text"].lower())) for row in rows}
-               for split, rows in opinions.items()}
-    assert clauses == {split: {3} if split == "test_longer" else {1, 2} for split in opinions}
+        assert {construct for construct, _ in found} <= {construct for construct, _ in train}
+        assert {word for _, word in found} <= {word for _, word in train}
+    for split, rows in opinions.items():
+        clauses = {len(re.findall(r"\bthe ", row["text"].lower())) for row in rows}
+        assert clauses == ({3} if split == "test_longer" else {1, 2})
 
 
-# --- bad lexicons --------------------------------------------------------------------------------------------
+# --- bad lexicons
 
 SOUND = {
     "adjectives": ["small", "grey"],
-    "terms": {"bird": {"wren": ["small", "eats seeds"], "crow": ["grey", "eats seeds"], "dove": ["small", "grey"],
-                       "finch": ["small", "eats seeds"]}},
+    "terms": {"bird": {"wren": ["small", "eats seeds"], "crow": ["grey", "eats seeds"],
+                       "dove": ["small", "grey"], "finch": ["small", "eats seeds"]}},
     "synonyms": {"small": ["little", "tiny"]},
     "opinions": {
         **{label: {"gradable": [word], "strong": [], "verbs": {}}
            for label, word in zip(LABELS, ("good", "usual", "bad"))},
-        "domains": {"film": {"frame": "in this film", "aspects": ["plot", "cast", "score"], "positive": ["gripping"],
-                             "negative": ["dull"]}}},
+        "domains": {"film": {"frame": "in this film", "aspects": ["plot", "cast", "score"],
+                             "positive": ["gripping"], "negative": ["dull"]}}},
 }
 
 
 def changed(*path, to):
-    content = json.loads(json.dumps(SOUND))
-    inner = content
+    """The sound lexicon as YAML with one entry changed."""
+    content = inner = copy.deepcopy(SOUND)
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = to
@@ -351,20 +348,25 @@ def changed(*path, to):
     ("- bird", "holds no lexicon"),
     ("terms: [a, b", "line 1: no valid YAML"),
     ("terms: {bird: {}}", "section 'adjectives' is missing or empty; add it"),
-    (changed("terms", to={"wren": ["small", "grey"]}), "no genus above 'wren'; write each term under its genus"),
+    (changed("terms", to={"wren": ["small", "grey"]}), "no genus above 'wren'; write each"),
     (changed("terms", "bird", "wren", to=[]), "term 'wren' has no features"),
     (changed("terms", "bird", "wren", to=None), "term 'wren' has no features"),
-    (changed("terms", "bird", "wren", to=["tiny"]), "term 'wren': feature 'tiny' is unknown; write a verb phrase"),
-    (changed("terms", "bird", "wren", to=["eats sedes"]), "feature 'eats sedes' is unknown to all other terms"),
+    (changed("terms", "bird", "wren", to=["tiny"]), "term 'wren': feature 'tiny' is unknown; write"),
+    (changed("terms", "bird", "wren", to=["eats sedes"]), "'eats sedes' is unknown to all other terms"),
     (changed("terms", "bird", "wren", to=["small", "small"]), "feature 'small' stands there twice"),
     (changed("terms", "bird", "blue tit", to=["small"]), "'blue tit' is no single word"),
     (changed("terms", "fish", to={"wren": ["small"]}), "term 'wren' stands there twice"),
-    (changed("synonyms", "small", to=["very little"]), "synonyms of 'small': 'very little' is no single word"),
-    (changed("synonyms", "small", to="little"), "synonyms of 'small': expected a list of words, got 'little'"),
-    (changed("synonyms", "small", to=["little", "little"]), "synonyms of 'small': 'little' stands there twice"),
+    (changed("synonyms", "small", to=["very little"]), "synonyms of 'small': 'very little' is no single"),
+    (changed("synonyms", "small", to="little"), "synonyms of 'small': expected a list of words"),
+    (changed("synonyms", "small", to=["little", "little"]), "'small': 'little' stands there twice"),
     (changed("synonyms", "wee", to=["tiny"]), "'tiny' stands in another class too; keep one"),
-    (changed("opinions", "neutral", to={}), "opinions: neutral needs exactly the entries gradable, strong, verbs"),
-    (changed("opinions", "domains", "film", "aspects", to=["plot"]), "domain 'film' has fewer than three aspects"),
+    (changed("opinions", "neutral", to={}), "opinions: neutral needs exactly the entries grad"),
+    (changed("terms", "bird", to=None), "genus 'bird' has no terms or no name"),
+    (changed("opinions", "neutral", "gradable", to="usual"), "opinions: neutral: expected a list of words"),
+    (changed("opinions", "neutral", "verbs", to=["met"]), "neutral: expected past → base form"),
+    (changed("opinions", "domains", to={}), "opinions: no domains; add at least one"),
+    (changed("opinions", "domains", "film", to=["plot"]), "domain 'film' needs exactly the entries"),
+    (changed("opinions", "domains", "film", "aspects", to=["plot"]), "domain 'film' has fewer than three"),
 ])
 def test_bad_lexicon(tmp_path, text, message):
     path = tmp_path / "lexicon.yml"

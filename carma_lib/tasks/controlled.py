@@ -114,7 +114,9 @@ def _terms(section: object, adjectives: tuple[str, ...]) -> tuple[dict[str, tupl
     terms: dict[str, tuple[str, ...]] = {}
     genus_of: dict[str, str] = {}
     for genus, members in section.items():
-        if not isinstance(genus, str) or not isinstance(members, dict):
+        if not members or not isinstance(genus, str):
+            raise LexiconError(f"terms: genus {genus!r} has no terms or no name; add them")
+        if not isinstance(members, dict):
             raise LexiconError(f"terms: no genus above {genus!r}; write each term under its genus")
         for term, features in members.items():
             _words([term], f"terms of {genus!r}")
@@ -155,24 +157,31 @@ def _synonyms(section: object) -> dict[str, list[str]]:
 
 def _opinions(section: object) -> dict:
     """The section as it is, once each list of it is there and holds words."""
-    section = _with_keys(section, (*LABELS, "domains"), "opinions")
+    _check_keys(section, (*LABELS, "domains"), "opinions")
     for label in LABELS:
         entry = f"opinions: {label}"
-        kinds = _with_keys(section[label], ("gradable", "strong", "verbs"), entry)
-        _words(kinds["gradable"] + kinds["strong"] + list(kinds["verbs"]), entry)
+        kinds = section[label]
+        _check_keys(kinds, ("gradable", "strong", "verbs"), entry)
+        _words(kinds["gradable"], entry)
+        _words(kinds["strong"], entry)
+        if not isinstance(kinds["verbs"], dict):
+            raise LexiconError(f"{entry}: expected past → base form of verbs; write {{impressed: impress}}")
+        _words([*kinds["verbs"], *kinds["verbs"].values()], entry)
+    if not isinstance(section["domains"], dict) or not section["domains"]:
+        raise LexiconError("opinions: no domains; add at least one")
     for name, domain in section["domains"].items():
         entry = f"opinions: domain {name!r}"
-        _with_keys(domain, ("frame", "aspects", "positive", "negative"), entry)
-        _words(domain["positive"] + domain["negative"], entry)
+        _check_keys(domain, ("frame", "aspects", "positive", "negative"), entry)
+        _words(domain["positive"], entry)
+        _words(domain["negative"], entry)
         if len(_words(domain["aspects"], entry)) < 3:
             raise LexiconError(f"{entry} has fewer than three aspects; add some")
     return section
 
 
-def _with_keys(value: object, keys: tuple[str, ...], entry: str) -> dict:
+def _check_keys(value: object, keys: tuple[str, ...], entry: str) -> None:
     if not isinstance(value, dict) or set(value) != set(keys):
         raise LexiconError(f"{entry} needs exactly the entries {', '.join(keys)}; add or take away")
-    return value
 
 
 class SynonymChoice:

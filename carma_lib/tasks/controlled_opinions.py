@@ -181,8 +181,7 @@ class _Grammar:
         """Three clauses; each word counts as used in contrast, concession and conjunction."""
         domain, subjects = self._about()
         main = self._clause(domain, subjects[0], label)
-        other_label = self._other(label)
-        first, second = (self._clause(domain, subject, other_label) for subject in subjects[1:])
+        first, second = (self._clause(domain, subject, self._other(label)) for subject in subjects[1:])
         although = self.rng.choice(SUBORDINATORS)
         marked = self.rng.choice([
             f"{although} {first}, {second}, but {main}",
