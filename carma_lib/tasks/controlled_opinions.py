@@ -32,7 +32,6 @@ CONSTRUCTS = ("plain", "intensified", "downtoned", "negated", "neither", *COMPOU
 SUBORDINATORS = ("although", "though", "even though")
 TRIES = 2000  # sentences drawn for one row before the split counts as exhausted
 
-
 Combination = tuple[str, str]  # construct, opinion word
 
 
