@@ -32,7 +32,7 @@ def draw(report: dict, path: Path) -> None:
     if with_memory:
         axes[1, 0].set_ylabel("peak memory / plain")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     for kind in ("png", "svg"):
         with whole_file(path.with_suffix(f".{kind}")) as temporary:
             figure.savefig(temporary, format=kind, dpi=200)

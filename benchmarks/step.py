@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import platform
 import random
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -129,7 +128,8 @@ def _peak(model: str, device: str, method: str, text: str, batch: dict[str, torc
         bench.step(method, batch, PADDED_LENGTH[text])
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()  # getrusage would begin with the parent's peak
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def ratio_with_interval(seconds: np.ndarray, plain: np.ndarray) -> tuple[float, float, float]:

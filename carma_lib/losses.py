@@ -8,6 +8,7 @@ parameters, touches a model or reads a file. Shapes: L layers, B rows, T tokens,
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -110,17 +111,15 @@ class CarmaLoss:
             zero = attention_mask.new_zeros((), dtype=torch.float32)
             return CarmaTerms(zero, zero, zero)
         kept = [hidden_states[layer + 1] for layer in config.layers]
-        states = _real_states(kept, attention_mask, constituent_ids)
-        mutual_information = stability = states.new_zeros(())
+        tokens = _checked(kept, attention_mask, constituent_ids)
+        mutual_information = stability = tokens.states.new_zeros(())
         if config.mi_weight:
             mutual_information = _mutual_information(
-                states[_positions(config.layers, config.mi_layers)], constituent_ids, attention_mask.bool(),
+                _within(tokens, config.layers, config.mi_layers), constituent_ids,
                 config.temperature, config.num_negatives, config.similarity, generator,
             )
         if config.stability_weight:
-            stability = _stability(
-                states[_positions(config.layers, config.stability_layers)], attention_mask.bool()
-            ).sum()
+            stability = _stability(_within(tokens, config.layers, config.stability_layers)).sum()
         total = config.mi_weight * mutual_information + config.stability_weight * stability
         return CarmaTerms(total, mutual_information, stability)
 
@@ -162,10 +161,8 @@ def mutual_information_loss(
         ValueError: shapes disagree, ids below −1, bad settings, NaN or infinity at a real token.
     """
     _check_sampling(temperature, num_negatives, similarity)
-    states = _real_states(hidden_states, attention_mask, constituent_ids)
-    return _mutual_information(
-        states, constituent_ids, attention_mask.bool(), temperature, num_negatives, similarity, generator
-    )
+    tokens = _checked(hidden_states, attention_mask, constituent_ids)
+    return _mutual_information(tokens, constituent_ids, temperature, num_negatives, similarity, generator)
 
 
 def stability_loss(
@@ -189,10 +186,10 @@ def stability_loss(
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    states = _real_states(hidden_states, attention_mask)
-    if len(states) < 2:
-        raise ValueError(f"stability compares consecutive layers and needs at least 2, got {len(states)}")
-    steps = _stability(states, attention_mask.bool())
+    tokens = _checked(hidden_states, attention_mask)
+    if len(tokens.states) < 2:
+        raise ValueError(f"stability compares consecutive layers and needs at least 2, got {len(tokens.states)}")
+    steps = _stability(tokens)
     return steps.sum() if reduction == "sum" else steps.mean()
 
 
@@ -205,41 +202,50 @@ def sample_negatives(eligible: Tensor, num_negatives: int, generator: torch.Gene
     Returns:
         (B, T, T) bool, the drawn ones.
     """
-    keys = torch.rand(eligible.shape, generator=generator, device=eligible.device)
-    highest = keys.masked_fill(~eligible, -1).topk(min(num_negatives, eligible.size(-1)), sorted=False).indices
+    keys = torch.where(eligible, torch.rand(eligible.shape, generator=generator, device=eligible.device), -1)
+    highest = keys.topk(min(num_negatives, eligible.size(-1)), sorted=False).indices
     return torch.zeros_like(eligible).scatter_(-1, highest, True) & eligible
 
 
-def _mutual_information(states, constituent_ids, real, temperature, num_negatives, similarity, generator) -> Tensor:
-    same = constituent_ids.unsqueeze(2) == constituent_ids.unsqueeze(1)
-    real_pair = real.unsqueeze(2) & real.unsqueeze(1)
-    inside = (constituent_ids >= 0).unsqueeze(2)
-    positives = (same & real_pair & inside).triu(1)
-    negatives = ~same & real_pair & inside
+class _Tokens(NamedTuple):
+    """Checked hidden states, padding at 0, with what both terms need of them."""
+
+    states: Tensor  # (L, B, T, D), float32 or float64
+    squares: Tensor  # (L, B, T), squared length of each state
+    real: Tensor  # (B, T) bool
+
+
+def _mutual_information(tokens, constituent_ids, temperature, num_negatives, similarity, generator) -> Tensor:
+    states, squares, real = tokens
+    ids = constituent_ids.masked_fill(~real, -1)
+    same = ids.unsqueeze(2) == ids.unsqueeze(1)
+    positives = (same & (ids >= 0).unsqueeze(2)).triu(1)
+    negatives = ~same & real.unsqueeze(1)  # of interest only where the row of the anchor has positives
     if num_negatives is not None:
         negatives = sample_negatives(negatives, num_negatives, generator)
     with torch.autocast(states.device.type, enabled=False):
-        scores = states @ states.transpose(-1, -2)  # (L, B, T, T)
         if similarity == "cosine":
-            inverse_norms = scores.diagonal(dim1=-2, dim2=-1).clamp_min(1e-16).rsqrt()
-            scores = scores * inverse_norms.unsqueeze(-1) * inverse_norms.unsqueeze(-2)
-        scores = scores / temperature
+            scaled = states * (squares * temperature + 1e-16).rsqrt().unsqueeze(-1)
+        else:
+            scaled = states * temperature**-0.5
+        scores = scaled @ scaled.transpose(-1, -2)  # s / τ, (L, B, T, T)
         # finfo.min, not −inf: an anchor without negatives then has a finite sum and a zero gradient.
-        rivals = scores.masked_fill(~negatives, torch.finfo(scores.dtype).min).logsumexp(-1, keepdim=True)
-        costs = F.softplus(rivals - scores).masked_fill(~positives, 0)
+        rivals = torch.where(negatives, scores, torch.finfo(scores.dtype).min).logsumexp(-1, keepdim=True)
+        costs = F.softplus(rivals - scores) * positives
         return costs.sum() / (len(states) * positives.sum().clamp_min(1))
 
 
-def _stability(states, real) -> Tensor:
+def _stability(tokens) -> Tensor:
     """The relative movement between each two consecutive layers, (L − 1,)."""
-    values = real.sum().clamp_min(1) * states.size(-1)
-    energy = states.square().sum((1, 2, 3)) / values
-    movement = (states[1:] - states[:-1]).square().sum((1, 2, 3)) / values
-    return movement / (energy[:-1] + energy[1:] + 1e-8)
+    states, squares, real = tokens
+    values = real.sum() * states.size(-1)
+    size = squares.sum((1, 2)).unfold(0, 2, 1).sum(-1)  # of both layers of each pair
+    movement = states.diff(dim=0).square().sum((1, 2, 3))
+    return movement / (size + 1e-8 * values.clamp_min(1))
 
 
-def _real_states(hidden_states, attention_mask, constituent_ids=None) -> Tensor:
-    """Stack the layers to (L, B, T, D) in float32 or float64 with padding at 0, after checking everything."""
+def _checked(hidden_states, attention_mask, constituent_ids=None) -> _Tokens:
+    """Check everything, stack the layers, raise half precision to float32 and put padding at 0."""
     layers = list(hidden_states)
     if not layers or any(not isinstance(layer, Tensor) or layer.dim() != 3 for layer in layers):
         raise ValueError("hidden_states must be layers × (batch, tokens, width), at least one layer")
@@ -255,22 +261,19 @@ def _real_states(hidden_states, attention_mask, constituent_ids=None) -> Tensor:
             )
         if tensor is not None and tensor.is_floating_point():
             raise ValueError(f"{name} must hold integers or booleans, got {tensor.dtype}")
-    dtype = torch.promote_types(layers[0].dtype, torch.float32)
+    real = attention_mask.bool()
     with torch.autocast(layers[0].device.type, enabled=False):
-        states = torch.stack(layers).to(dtype).masked_fill_(~attention_mask.bool()[None, :, :, None], 0)
-    _check_values(states, constituent_ids)
-    return states
-
-
-def _check_values(states: Tensor, constituent_ids: Tensor | None) -> None:
-    """Both checks of values in one transfer from the device; a sum is finite only if all its parts are."""
-    finite = torch.isfinite(states.detach().sum())
-    in_range = torch.ones_like(finite) if constituent_ids is None else (constituent_ids >= -1).all()
-    finite, in_range = torch.stack([finite, in_range]).tolist()
-    if not finite:
+        states = torch.stack(layers).to(torch.promote_types(layers[0].dtype, torch.float32))
+        states = states.masked_fill_(~real.unsqueeze(-1), 0)
+        squares = states.square().sum(-1)
+    lowest_id = squares.new_zeros(()) if constituent_ids is None else constituent_ids.min()
+    # One transfer from the device for both checks; a sum is finite only if all its parts are.
+    size, lowest_id = torch.stack([squares.detach().sum(), lowest_id.to(squares.dtype)]).tolist()
+    if not math.isfinite(size):
         raise ValueError("hidden_states hold NaN or infinity: lower the learning rate or check the input")
-    if not in_range:
+    if lowest_id < -1:
         raise ValueError("constituent_ids must be −1 (no constituent) or not negative")
+    return _Tokens(states, squares, real)
 
 
 def _check_sampling(temperature: float, num_negatives: int | None, similarity: str) -> None:
@@ -289,6 +292,9 @@ def _layer_range(name: str, layers: Sequence[int]) -> tuple[int, int]:
     return layers
 
 
-def _positions(layers: tuple[int, ...], bounds: tuple[int, int]) -> slice:
-    """Where the layers first..last stand among those that were kept."""
-    return slice(layers.index(bounds[0]), layers.index(bounds[1]) + 1)
+def _within(tokens: _Tokens, kept: tuple[int, ...], bounds: tuple[int, int]) -> _Tokens:
+    """The layers first..last of those that were kept; slicing is left out where it would only cost time."""
+    if bounds == (kept[0], kept[-1]):
+        return tokens
+    chosen = slice(kept.index(bounds[0]), kept.index(bounds[1]) + 1)
+    return _Tokens(tokens.states[chosen], tokens.squares[chosen], tokens.real)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .collation import Collator
-from .losses import CarmaConfig, CarmaLoss, CarmaTerms
+from .losses import CarmaConfig, CarmaLoss
 
 LOGGED = ("task_loss", "mutual_information", "stability")
 
@@ -96,18 +97,20 @@ class CarmaTrainer(Trainer):
             raise ValueError("carma_weight > 0 needs constituent_ids in every batch: see carma_lib.collation.encode")
         with self._kept.during(regularised):
             task_loss, outputs = self._task_loss(model, inputs, num_items_in_batch)
-        loss = task_loss
+        loss, parts, share = task_loss, [], 1.0
         if regularised:
-            attention_mask = inputs.get("attention_mask", torch.ones_like(constituent_ids))
+            attention_mask = inputs.get("attention_mask")
+            if attention_mask is None:
+                attention_mask = torch.ones_like(constituent_ids)
             states = self._kept.take(constituent_ids.size(1))
             terms = self._carma_loss(states, constituent_ids, attention_mask, generator=self._seeded_generator())
             # Trainer divides a loss by the number of micro-batches, unless num_items_in_batch has normalised it.
             share = 1 / self.current_gradient_accumulation_steps
             normalised = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             weight = self.carma.carma_weight
-            loss = (1 - weight) * task_loss + weight * terms.total * (share if normalised else 1)
-            self._add_to_tally(task_loss / share if normalised else task_loss, terms, share)
-        self._check(loss, inputs)
+            loss = (1 - weight) * task_loss + weight * (share if normalised else 1) * terms.total
+            parts = [task_loss / share if normalised else task_loss, terms.mutual_information, terms.stability]
+        self._check_and_tally(loss, inputs, parts, share)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys=None):
@@ -127,8 +130,8 @@ class CarmaTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms, averaged over the steps since the last log and over processes, to the training logs."""
         if "loss" in logs and self._tallied_steps:
-            sums = self.accelerator.reduce(self._tally, reduction="mean").tolist()
-            means = {name: value / self._tallied_steps for name, value in zip(LOGGED, sums)}
+            means = torch.tensor(self._tally / self._tallied_steps, dtype=torch.float32, device=self.args.device)
+            means = dict(zip(LOGGED, self.accelerator.reduce(means, reduction="mean").tolist()))
             carma = self.carma
             weights = {
                 "task_loss": 1 - carma.carma_weight,
@@ -151,17 +154,19 @@ class CarmaTrainer(Trainer):
         logits = outputs.logits[:, -1].float()
         return F.cross_entropy(logits, inputs["target_ids"], label_smoothing=smoothing), outputs
 
-    def _check(self, loss: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Both checks in one transfer from the device, before the backward pass."""
-        finite = torch.isfinite(loss.detach())
-        ends_real = torch.ones_like(finite)
+    def _check_and_tally(self, loss: Tensor, inputs: dict[str, Tensor], parts: list[Tensor], share: float) -> None:
+        """Everything that the host needs of a micro-batch, in one transfer from the device before the backward pass."""
+        ends_real = torch.ones_like(loss)
         if "target_ids" in inputs and "attention_mask" in inputs:
-            ends_real = inputs["attention_mask"][:, -1].all()
-        finite, ends_real = torch.stack([finite, ends_real]).tolist()
+            ends_real = inputs["attention_mask"][:, -1].min().to(loss.dtype)
+        ends_real, value, *parts = torch.stack([ends_real, loss, *parts]).tolist()
         if not ends_real:
             raise ValueError("single-target batches must be padded on the left: use carma_lib.collation.Collator")
-        if not finite:
-            raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step}: lower the learning rate")
+        if not math.isfinite(value):
+            raise ValueError(f"the loss is {value} at step {self.state.global_step}: lower the learning rate")
+        if parts:
+            self._tally += share * np.array(parts)
+            self._tallied_steps += share
 
     def _seeded_generator(self) -> torch.Generator:
         """Negatives depend on seed, step, micro-batch and process alone, so a resumed run draws the same ones."""
@@ -170,13 +175,8 @@ class CarmaTrainer(Trainer):
         words = np.random.SeedSequence((self.args.seed, *self._micro_step, self.args.process_index)).generate_state(2)
         return self._negatives.manual_seed((int(words[0]) << 31) ^ int(words[1]))
 
-    def _add_to_tally(self, task_loss: Tensor, terms: CarmaTerms, share: float) -> None:
-        values = torch.stack([task_loss, terms.mutual_information, terms.stability]).detach()
-        self._tally = self._tally + share * values
-        self._tallied_steps += share
-
     def _reset_tally(self) -> None:
-        self._tally, self._tallied_steps = 0.0, 0.0
+        self._tally, self._tallied_steps = np.zeros(len(LOGGED)), 0.0
 
 
 class KeptHiddenStates:
