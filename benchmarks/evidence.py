@@ -20,7 +20,7 @@ from scipy.special import expit
 from carma_lib import statistics
 from carma_lib.inference import bootstrap_interval, cv_ratio_test, holm, paired_test, power
 from carma_lib.intervals import crossed_interval, cv_interval
-from carma_lib.statistics import Cell
+from carma_lib.statistics import Crossed
 
 
 class Design(NamedTuple):
@@ -59,7 +59,7 @@ def truth(design: Design, level: float) -> tuple[float, float]:
     return float(of_seed @ clean), float(of_seed @ (kept / clean))
 
 
-def made_study(design: Design, generator: np.random.Generator, effect: float) -> list[tuple[Cell, Cell]]:
+def made_study(design: Design, generator: np.random.Generator, effect: float) -> list[tuple[Crossed, Crossed]]:
     """(accuracy, ConsistSyn) cells of the baseline and of a method better by `effect` in log-odds."""
     shape = (design.seeds, design.items)
     shared = generator.normal(0, design.item_spread, design.items)
@@ -69,7 +69,7 @@ def made_study(design: Design, generator: np.random.Generator, effect: float) ->
         odds = shared + shift + generator.normal(0, design.own_spread, (design.seeds, 1))
         clean = (generator.random(shape) < expit(odds)).astype(float)
         replaced = generator.random(shape) < expit(odds - design.harm)
-        study.append((Cell(*labels, clean, np.ones(shape)), Cell(*labels, clean * replaced, clean)))
+        study.append((Crossed(*labels, clean, np.ones(shape)), Crossed(*labels, clean * replaced, clean)))
     return study
 
 

@@ -6,10 +6,10 @@ from typing import Iterable
 import numpy as np
 import pandas as pd
 
-from .inference import (FILTER_COLUMNS, NotComparable, bootstrap_interval, cv_ratio_test, hedges_g, holm,
-                        pair, paired_test, power)
-from .results import METHOD_LABELS
-from .statistics import METRICS
+from carma_lib.inference import (FILTER_COLUMNS, NotComparable, bootstrap_interval, cv_ratio_test, hedges_g,
+                                 holm, pair, paired_test, power)
+from carma_lib.results import METHOD_LABELS
+from carma_lib.statistics import METRICS
 
 KINDS = ("difference", "non-inferiority", "cv ratio")
 _NEEDED = ("name", "kind", "metric", "method", "baseline")
@@ -49,13 +49,16 @@ def primary_comparisons(results: pd.DataFrame, plan: list[dict], *, confidence: 
     estimate (method minus baseline in shares, or the ratio of the two CVs), low, high (`crossed_interval`;
     Pitman and Morgan's for a ratio), p, holm_p, bootstrap_low, bootstrap_high (`bootstrap_interval`),
     effect_size (`hedges_g`), standard_error, seed_deviation (of the paired differences), n_items, n_seeds,
-    verdict, note. A claim that cannot be tested has empty numbers and its reason in note.
+    outcome ('shown', 'the opposite shown', 'open' or 'not tested', of the claim that the method is better, no
+    worse or steadier), verdict (the same in words), note. A claim that cannot be tested has empty numbers and
+    its reason in note.
     """
     check_plan(plan)
     lines = [_compare(results, claim, confidence) for claim in plan]
     table = pd.DataFrame(lines)
     table["holm_p"] = holm(table["p"])
-    table["verdict"] = [_verdict(row, 1 - confidence) for row in table.to_dict("records")]
+    table["outcome"] = [_outcome(row, 1 - confidence) for row in table.to_dict("records")]
+    table["verdict"] = [_verdict(row) for row in table.to_dict("records")]
     first = [*_NEEDED, *(name for name in FILTER_COLUMNS if name in table), "margin", "method_estimate",
              "baseline_estimate", "estimate", "low", "high", "p", "holm_p"]
     return table[[*first, *(name for name in table if name not in first)]]
@@ -86,21 +89,34 @@ def _compare(results: pd.DataFrame, claim: dict, confidence: float) -> dict:
         "note": "; ".join(filter(None, [*notes, found.note]))}
 
 
-def _verdict(row: dict, alpha: float) -> str:
-    method, baseline = (METHOD_LABELS.get(row[key], row[key]) for key in ("method", "baseline"))
+def _outcome(row: dict, alpha: float) -> str:
     if np.isnan(row["holm_p"]):
         return "not tested"
-    sure = row["holm_p"] < alpha
+    if row["holm_p"] >= alpha:
+        return "open"
     if row["kind"] == "non-inferiority":
-        points = f"{100 * row['margin']:g} points"
-        return (f"{method} is at most {points} worse than {baseline}" if sure else
-                f"not shown that {method} is at most {points} worse than {baseline}")
+        return "shown"
     if row["kind"] == "cv ratio":
-        amount = "less" if row["estimate"] < 1 else "more"
-        return (f"{method} varies {amount} across seeds than {baseline}" if sure else
-                "no difference in spread across seeds shown")
-    better = (row["estimate"] < 0) == METRICS[row["metric"]].lower_is_better
-    return f"{method} is {'better' if better else 'worse'} than {baseline}" if sure else "no difference shown"
+        good = row["estimate"] < 1
+    else:
+        good = (row["estimate"] < 0) == METRICS[row["metric"]].lower_is_better
+    return "shown" if good else "the opposite shown"
+
+
+def _verdict(row: dict) -> str:
+    method, baseline = (METHOD_LABELS.get(row[key], row[key]) for key in ("method", "baseline"))
+    if row["outcome"] == "not tested":
+        return "not tested"
+    if row["kind"] == "non-inferiority":
+        bounded = f"{method} is at most {100 * row['margin']:g} points worse than {baseline}"
+        return bounded if row["outcome"] == "shown" else f"not shown that {bounded}"
+    spread = row["kind"] == "cv ratio"
+    if row["outcome"] == "open":
+        return "no difference in spread across seeds shown" if spread else "no difference shown"
+    good = row["outcome"] == "shown"
+    if spread:
+        return f"{method} varies {'less' if good else 'more'} across seeds than {baseline}"
+    return f"{method} is {'better' if good else 'worse'} than {baseline}"
 
 
 def power_table(comparisons: pd.DataFrame, *, difference: float = 0.02, seeds: Iterable[int] = range(2, 31),

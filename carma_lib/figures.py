@@ -18,12 +18,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from .files import whole_file
-from .results import METHOD_LABELS
+from carma_lib.files import whole_file
+from carma_lib.results import METHOD_LABELS
 
-COLUMN, PAGE = 3.3, 6.8
+COLUMN, PAGE, FOREST = 3.3, 6.8, 4.4
 _PALETTE = sns.color_palette("colorblind").as_hex()
 METHOD_COLOURS = dict(zip(METHOD_LABELS, (
     "#7f7f7f", _PALETTE[0], _PALETTE[1], _PALETTE[2], _PALETTE[4], _PALETTE[3], _PALETTE[9], _PALETTE[5],
@@ -216,7 +216,7 @@ def forest_plot(comparisons: pd.DataFrame) -> Figure:
 
     Upper panel: differences of shares, in percentage points; a dotted mark at minus the non-inferiority
     margin. Lower panel, if any: CV ratios on a logarithmic axis. Filled: p below 0.05 after Holm's
-    correction.
+    correction. A claim's name stands above its interval, so that the figure is legible on a phone too.
     """
     _one(comparisons, [], "forest_plot")
     known = comparisons.dropna(subset=["estimate"])
@@ -224,11 +224,12 @@ def forest_plot(comparisons: pd.DataFrame) -> Figure:
     parts = [(rows, is_ratio) for is_ratio, rows in known.groupby(ratio)]
     if not parts:
         raise ValueError("forest_plot: no claim of the table could be tested; its notes say why")
-    figure, panels = plt.subplots(len(parts), 1, figsize=(PAGE, 0.75 * len(parts) + 0.28 * len(known)),
+    figure, panels = plt.subplots(len(parts), 1, figsize=(FOREST, 0.7 * len(parts) + 0.38 * len(known)),
                                   squeeze=False, height_ratios=[len(rows) + 0.5 for rows, _ in parts])
     for axes, (rows, is_ratio) in zip(panels[:, 0], parts):
         _forest(axes, rows.iloc[::-1], 1.0 if is_ratio else 100.0)
         axes.axvline(1.0 if is_ratio else 0.0, color="black", linewidth=0.8)
+        axes.grid(axis="x")
         axes.set_xlabel("ratio of coefficients of variation" if is_ratio else "difference, percentage points")
         if is_ratio:
             axes.set_xscale("log")
@@ -244,8 +245,68 @@ def _forest(axes: Axes, rows: pd.DataFrame, scale: float) -> None:
         axes.plot(scale * row["estimate"], place, METHOD_MARKERS[row["method"]], color=colour, markersize=6,
                   markerfacecolor=colour if row["holm_p"] < 0.05 else "white")
         if row["margin"] > 0:
-            axes.plot([-scale * row["margin"]] * 2, [place - 0.35, place + 0.35], ":", color="black")
-    axes.grid(axis="x")
-    axes.grid(visible=False, axis="y")
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_yticks(range(len(rows)), rows["name"])
+            axes.plot([-scale * row["margin"]] * 2, [place - 0.25, place + 0.25], ":", color="black")
+        axes.annotate(row["name"], xy=(0, place), xycoords=("axes fraction", "data"), xytext=(2, 5),
+                      textcoords="offset points", fontsize=7.5,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+    axes.set(ylim=(-0.5, len(rows) - 0.2), yticks=[])
+    axes.spines["left"].set_visible(False)
+
+
+@_styled
+def heat_map(grid: pd.DataFrame, *, label: str) -> Figure:
+    """A metric over λ (rows) × last layer of the terms (columns), value in each cell; no interval is drawn.
+
+    `grid`: columns carma_weight, end_layer, value (a share); an empty cell was not run. The colour scale,
+    from light to dark, keeps its order in grey.
+    """
+    _one(grid, [], "heat_map")
+    if grid.duplicated(["carma_weight", "end_layer"]).any():
+        raise ValueError("heat_map shows one value a carma_weight and end_layer; average over seeds first")
+    table = grid.pivot(index="carma_weight", columns="end_layer", values="value").sort_index(ascending=False)
+    width = COLUMN if table.shape[1] <= 6 else PAGE
+    figure, (axes,) = _panels(width, 0.9 + 0.32 * len(table))
+    sns.heatmap(100 * table, annot=True, fmt=".1f", cmap="cividis_r", ax=axes, linewidths=0.5,
+                annot_kws={"size": 7}, cbar_kws={"label": f"{label}, %"})
+    axes.set(xlabel="last layer of the terms", ylabel="λ")
+    return figure
+
+
+@_styled
+def drift_by_layer(drift: pd.DataFrame, *, label: str = "distance from the start") -> Figure:
+    """Distance of hidden states from the starting model by layer: thin lines seeds, thick line their mean.
+
+    `drift`: columns method, seed, layer, value. No interval is drawn.
+    """
+    _one(drift, ["task", "split", "model"], "drift_by_layer")
+    figure, (axes,) = _panels(COLUMN, 2.4)
+    for method in method_order(drift["method"]):
+        rows = drift[drift["method"] == method]
+        for _, line in rows.groupby("seed"):
+            axes.plot(line["layer"], line["value"], color=METHOD_COLOURS[method], alpha=0.3, linewidth=0.6)
+        mean = rows.groupby("layer")["value"].mean()
+        axes.plot(mean.index, mean, color=METHOD_COLOURS[method], marker=METHOD_MARKERS[method], markersize=4,
+                  label=METHOD_LABELS[method])
+    axes.set(xlabel="layer", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_below(figure, np.array([axes]))
+    return figure
+
+
+@_styled
+def power_by_seeds(power: pd.DataFrame, *, difference: float) -> Figure:
+    """Power to find a true `difference` (in shares) by number of seeds, a line a claim of `power_table`.
+
+    The dotted line is the customary 80 %. Line styles differ, so that grey print works.
+    """
+    _one(power, [], "power_by_seeds")
+    figure, (axes,) = _panels(COLUMN, 2.6)
+    for place, (name, line) in enumerate(power.groupby("name", sort=False)):
+        axes.plot(line["n_seeds"], line["power"], label=name, color=_PALETTE[place % 10],
+                  linestyle=("-", "--", "-.", ":")[place % 4])
+    axes.axhline(0.8, color="black", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="seeds", ylabel=f"power for {100 * difference:g} points", ylim=(0, 1.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=7, frameon=False, ncols=1)
+    return figure

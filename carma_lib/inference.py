@@ -14,8 +14,9 @@ import pandas as pd
 import statsmodels.api as sm
 from scipy import stats
 
-from .intervals import critical_value, crossed_interval, tail_probability
-from .statistics import CELL_COLUMNS, CONDITION_COLUMNS, METRICS, RUN_COLUMNS, Cell, cells, require_columns
+from carma_lib.intervals import critical_value, crossed_interval, tail_probability
+from carma_lib.statistics import (CELL_COLUMNS, CONDITION_COLUMNS, METRICS, RUN_COLUMNS, Crossed, cells,
+                                  require_columns)
 
 FILTER_COLUMNS = [name for name in CELL_COLUMNS if name != "method"]
 
@@ -43,7 +44,7 @@ def _matches(results: pd.DataFrame, where: dict, columns: list[str]) -> np.ndarr
     return chosen
 
 
-def find_cell(results: pd.DataFrame, metric: str, method: str, where: dict | None = None) -> Cell:
+def find_crossed(results: pd.DataFrame, metric: str, method: str, where: dict | None = None) -> Crossed:
     """The one cell of a method that fits the filters `where`, e.g. {"split": "test", "rate": 0.4}.
 
     Filters are any of `CELL_COLUMNS` but the method; that of the budget is not put to an untuned model.
@@ -81,18 +82,19 @@ def _text(where: dict) -> str:
 
 
 def pair(results: pd.DataFrame, metric: str, method: str, baseline: str,
-         where: dict | None = None) -> tuple[Cell, Cell, list[str]]:
+         where: dict | None = None) -> tuple[Crossed, Crossed, list[str]]:
     """The cells of two methods on their common seeds and items, and notes on what was left out.
 
     The one run of an untuned model stands beside every seed of the other method.
     """
-    pair_of = [find_cell(results, metric, name, where) for name in (method, baseline)]
+    pair_of = [find_crossed(results, metric, name, where) for name in (method, baseline)]
     notes = [note for cell in pair_of for note in cell.notes]
     for place, name in enumerate((method, baseline)):
         cell, other = pair_of[place], pair_of[1 - place]
         if name == "untuned" and len(cell.seeds) == 1:
             repeat = np.zeros(len(other.seeds), int)
-            pair_of[place] = Cell(other.seeds, cell.items, cell.numerator[repeat], cell.denominator[repeat])
+            pair_of[place] = Crossed(other.seeds, cell.items, cell.numerator[repeat],
+                                     cell.denominator[repeat])
     seeds = np.intersect1d(pair_of[0].seeds, pair_of[1].seeds)
     items = np.intersect1d(pair_of[0].items, pair_of[1].items)
     if not len(seeds) or not len(items):
@@ -108,13 +110,13 @@ def pair(results: pd.DataFrame, metric: str, method: str, baseline: str,
     return first, second, list(dict.fromkeys(notes))
 
 
-def _take(cell: Cell, seeds: np.ndarray, items: np.ndarray) -> Cell:
+def _take(cell: Crossed, seeds: np.ndarray, items: np.ndarray) -> Crossed:
     rows = np.flatnonzero(np.isin(cell.seeds, seeds))
     columns = pd.Index(cell.items).get_indexer(items)
-    return Cell(seeds, items, cell.numerator[rows][:, columns], cell.denominator[rows][:, columns])
+    return Crossed(seeds, items, cell.numerator[rows][:, columns], cell.denominator[rows][:, columns])
 
 
-def paired_test(first: Cell, second: Cell, *, margin: float | None = None,
+def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None,
                 confidence: float = 0.95) -> Comparison:
     """Difference first - second with its `crossed_interval` and the test of difference = 0.
 
@@ -132,7 +134,7 @@ def paired_test(first: Cell, second: Cell, *, margin: float | None = None,
     return Comparison(*found[:3], min(2 * tail, 1.0), found.standard_error, found.note)
 
 
-def hierarchical_bootstrap(first: Cell, second: Cell | None = None, *, draws: int = 2000,
+def hierarchical_bootstrap(first: Crossed, second: Crossed | None = None, *, draws: int = 2000,
                            seed: int = 0) -> np.ndarray:
     """Draws of the mean of the seeds' ratios, or of the difference of two cells, over seeds and items.
 
@@ -145,7 +147,7 @@ def hierarchical_bootstrap(first: Cell, second: Cell | None = None, *, draws: in
     of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), draws)
     of_items = generator.multinomial(items, np.full(items, 1 / items), draws).astype(float)
 
-    def means(cell: Cell) -> np.ndarray:
+    def means(cell: Crossed) -> np.ndarray:
         below = of_items @ cell.denominator.T
         ratio = np.divide(of_items @ cell.numerator.T, below, out=np.zeros_like(below), where=below > 0)
         weight = of_seeds * (below > 0)
@@ -155,7 +157,7 @@ def hierarchical_bootstrap(first: Cell, second: Cell | None = None, *, draws: in
     return means(first) - (means(second) if second is not None else 0.0)
 
 
-def bootstrap_interval(first: Cell, second: Cell | None = None, *, draws: int = 2000, seed: int = 0,
+def bootstrap_interval(first: Crossed, second: Crossed | None = None, *, draws: int = 2000, seed: int = 0,
                        confidence: float = 0.95) -> tuple[float, float]:
     """Percentile interval of `hierarchical_bootstrap`, widened by √(n / (n - 1)) for n seeds.
 

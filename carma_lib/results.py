@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from .files import whole_file
+from carma_lib.files import whole_file
 
 #: Column → (type, meaning). Text columns are read as categories, because their values repeat.
 RESULT_COLUMNS: dict[str, tuple[str, str]] = {

@@ -12,7 +12,7 @@ from typing import Callable, Iterator
 import numpy as np
 import pandas as pd
 
-from .intervals import crossed_interval, cv_interval
+from carma_lib.intervals import crossed_interval, cv_interval
 
 RUN_COLUMNS = ["task", "split", "model", "start", "budget", "method"]
 CONDITION_COLUMNS = ["condition", "source", "rate", "start_layer", "depth_share", "protocol", "level"]
@@ -65,7 +65,7 @@ METRICS: dict[str, Metric] = {
 
 
 @dataclass
-class Cell:
+class Crossed:
     """Numerator and denominator of one cell of the design as matrices, seeds × items, with their labels."""
     seeds: np.ndarray
     items: np.ndarray
@@ -121,7 +121,7 @@ def _with_clean(results: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     return rows.assign(**added)
 
 
-def cells(results: pd.DataFrame, metric: str) -> Iterator[tuple[dict, Cell]]:
+def cells(results: pd.DataFrame, metric: str) -> Iterator[tuple[dict, Crossed]]:
     """Each cell of the design (task, split, model, start, budget, method, condition …) with its matrices.
 
     Items that some seed of the cell did not answer are left out with a note, and so are seeds without any
@@ -147,10 +147,10 @@ def cells(results: pd.DataFrame, metric: str) -> Iterator[tuple[dict, Cell]]:
         filled[:, row, column] = numerator[index], denominator[index]
         if np.bincount(row * len(items) + column).max() > 1:
             raise ValueError(f"duplicate rows: an item twice for one seed in {key}; read each run once")
-        yield key, _complete(Cell(seeds, names[items], *filled))
+        yield key, _complete(Crossed(seeds, names[items], *filled))
 
 
-def _complete(cell: Cell) -> Cell:
+def _complete(cell: Crossed) -> Crossed:
     """The cell without items that a seed lacks and seeds whose denominator is zero, and notes on both."""
     whole = np.isfinite(cell.denominator).all(axis=0)
     if not whole.all():
@@ -161,7 +161,7 @@ def _complete(cell: Cell) -> Cell:
                           "no item answered by every seed")
     elif not some.all():
         cell.notes.append(f"seeds {', '.join(map(str, cell.seeds[~some]))} without a right item left out")
-    return Cell(cell.seeds[some], cell.items[whole], cell.numerator[some][:, whole],
+    return Crossed(cell.seeds[some], cell.items[whole], cell.numerator[some][:, whole],
                 cell.denominator[some][:, whole], cell.notes)
 
 

@@ -242,7 +242,7 @@ def test_cv_interval_on_the_edge():
 
 def test_paired_test_over_seeds_alone_is_the_paired_t_test():
     first, second = np.random.default_rng(0).random((2, 6, 1))
-    cells = [statistics.Cell(np.arange(6), np.arange(1), values, np.ones((6, 1))) for values in (first, second)]
+    cells = [statistics.Crossed(np.arange(6), np.arange(1), values, np.ones((6, 1))) for values in (first, second)]
     found = inference.paired_test(*cells)
     expected = stats.ttest_rel(first[:, 0], second[:, 0])
     assert found.p == pytest.approx(expected.pvalue)

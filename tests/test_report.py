@@ -1,0 +1,177 @@
+"""Tables for readers and the HTML report of a made run folder, with a notebook that is really executed."""
+import re
+from html.parser import HTMLParser
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from made_results import made_results
+from nbclient import NotebookClient
+
+from carma_lib import figures, tables
+from carma_lib.comparisons import primary_comparisons
+from carma_lib.report import formulas_to_pictures, write_report
+
+PAIR = {"method": "carma", "baseline": "fine_tuning"}
+PLAN = [
+    {"name": "Accuracy", "kind": "difference", "metric": "accuracy", "condition": "clean", **PAIR},
+    {"name": "Preserved", "kind": "non-inferiority", "metric": "accuracy", "condition": "clean", "margin": 0.02, **PAIR},
+    {"name": "ConsistSyn", "kind": "difference", "metric": "consist_syn", "rate": 0.4, **PAIR},
+    {"name": "Spread", "kind": "cv ratio", "metric": "accuracy", "condition": "clean", **PAIR},
+    {"name": "Against R-Drop", "kind": "difference", "metric": "accuracy", "condition": "clean",
+     "method": "carma", "baseline": "r_drop"},
+]
+
+
+def made_comparisons(effect):
+    return primary_comparisons(made_results(methods={"fine_tuning": 0.0, "carma": effect}, seeds=8, items=200), PLAN)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------
+
+def test_paper_table_holds_what_the_metrics_say():
+    results = made_results(items=120)
+    table = tables.paper_table(results)
+    assert len(table) == 3 * 3 and not table.duplicated(["method", "rate"]).any()
+    row = table[(table["method"] == "carma") & (table["rate"] == 0.4)].iloc[0]
+    carma = results[results["method"] == "carma"].pivot_table(
+        index=["seed", "item_id"], columns=["condition", "rate"], values="correct", aggfunc="first")
+    clean, replaced = carma["clean", 0.0].astype(bool), carma["replaced", 0.4].astype(bool)
+    kept = replaced[clean].groupby("seed").mean()
+    by_seed = replaced.groupby("seed").mean()
+    assert row["consist_syn"] == pytest.approx(kept.mean()) and row["accuracy"] == pytest.approx(replaced.mean())
+    assert row["cv_accuracy"] == pytest.approx(by_seed.std() / by_seed.mean())
+    assert row["cv_consist_syn"] == pytest.approx(kept.std() / kept.mean())
+    empty = table[table["cv_accuracy"].isna()]
+    assert (empty["method"] == "untuned").all() and empty["note"].str.contains("one seed").all()
+    shown = tables.readable(table)
+    assert shown.loc[shown["method"] == "untuned", "CV of accuracy"].eq("–").all()
+    assert f"{100 * row['consist_syn']:.1f} [" in shown["ConsistSyn"].iloc[table.index.get_loc(row.name)]
+
+
+def test_published_figures_stand_beside_ours_and_say_how_they_differ():
+    sizes = {"methods": {"fine_tuning": 0.5, "carma": 0.5}, "seeds": 2, "items": 20, "layers": ()}
+    results = pd.concat([made_results(task=task, model=model, **sizes) for task, model in (
+        ("sst3", "openai-community/gpt2"), ("wordnet_inverse_dictionary", "gpt2-large"), ("made_task", "gpt2"))])
+    table = tables.beside_published(tables.paper_table(results)).set_index(["task", "method"])
+    assert table.loc[("sst3", "carma"), "published_accuracy"] == pytest.approx(1670 / 2210)
+    assert table.loc[("wordnet_inverse_dictionary", "carma"), "published_correct"] == 324
+    assert np.isnan(table.loc[("wordnet_inverse_dictionary", "carma"), "published_accuracy"])
+    assert "counts only" in table.loc[("wordnet_inverse_dictionary", "carma"), "published_note"]
+    assert "nothing published" in table.loc[("made_task", "carma"), "published_note"]
+    assert table["published_note"].str.len().gt(0).all()
+
+
+def test_saved_tables(tmp_path):
+    table = pd.DataFrame({"rate_of": ["25 %", "a_b"], "value": [1.0, np.nan]})
+    path = tables.save_table(table, tmp_path, "some_table", caption="Shares, 95 % intervals")
+    pd.testing.assert_frame_equal(pd.read_csv(path), table, check_dtype=False)
+    text = (tmp_path / "some_table.tex").read_text(encoding="utf-8")
+    assert r"rate\_of" in text and r"25 \%" in text and r"95 \% intervals" in text and "nan" not in text
+
+
+def test_disagreements_show_both_sides():
+    results = made_results(methods={"fine_tuning": 0.0, "carma": 0.3}, items=80).query("condition == 'clean'")
+    table = tables.disagreements(results, "carma", "fine_tuning", rows=6)
+    gap = (table["method_right"] - table["baseline_right"]).to_numpy()
+    assert len(table) == 6 and (gap[:3] > 0).all() and (gap[3:] < 0).all() and gap[0] >= gap[1]
+    row = table.iloc[0]
+    mine = results[(results["method"] == "carma") & (results["item_id"] == row["item_id"])]
+    assert row["method_right"] == mine["correct"].mean() and row["target"] == mine["target"].iloc[0]
+    with pytest.raises(ValueError, match="one condition"):
+        tables.disagreements(made_results(), "carma", "fine_tuning")
+    with pytest.raises(ValueError, match="no rows of r_drop"):
+        tables.disagreements(results, "carma", "r_drop")
+
+
+# -- the answer -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("effect, accuracy, count", [
+    (2.0, "CARMA is better than fine-tuning", "3 shown"),
+    (0.0, "no difference shown", "none shown"),
+    (-2.0, "CARMA is worse than fine-tuning", "2 shown to be the other way round"),
+])
+def test_answer_is_right_for_better_equal_and_worse(effect, accuracy, count, tmp_path):
+    comparisons = made_comparisons(effect)
+    tables.save_table(comparisons, tmp_path, "claims")
+    for table in (comparisons, pd.read_csv(tmp_path / "claims.csv")):
+        sentences = tables.answer(table)
+        assert len(sentences) == 5 and all(text.endswith(".") and "nan" not in text for text, _ in sentences)
+        assert count in sentences[0][0] and "1 not tested" in sentences[0][0]
+        assert accuracy in sentences[1][0] and sentences[1][1] == 0
+        estimate = f"{100 * comparisons['estimate'][0]:+.1f}".replace("-", "−")
+        assert f"difference {estimate} points" in sentences[1][0]
+        assert ("not shown that" in sentences[2][0]) == (effect <= 0)
+
+
+def test_answer_says_why_a_claim_was_not_tested():
+    comparisons = made_comparisons(1.0).iloc[[4]].reset_index(drop=True)
+    (first, _), (second, place) = tables.answer(comparisons)
+    assert "none shown, none left open, 1 not tested" in first and place == 0
+    assert second.startswith("Against R-Drop: not tested, because no rows of r_drop")
+
+
+# -- the page ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    comparisons = made_comparisons(1.0)
+    tables.save_table(comparisons, folder / "tables", "primary_comparisons")
+    tables.save_table(pd.DataFrame({"a<b": range(100)}), folder / "tables", "long_table")
+    figures.save_figure(figures.forest_plot(comparisons), folder / "figures", "primary_comparisons", comparisons)
+    notebook = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_markdown_cell("# A <made> study\n\nWith $\\lambda = 0.2$ and `$x$`, for \\$5:\n\n"
+                                      "$$L = (1 - \\lambda) L_\\mathrm{task} + \\lambda L_\\mathrm{CARMA}$$"),
+        nbformat.v4.new_code_cell("import matplotlib.pyplot as plt\nfigure, axes = plt.subplots()\naxes.plot([1, 2])"),
+        nbformat.v4.new_code_cell("print('printed' + '_text')")])
+    (folder / "notebooks").mkdir()
+    NotebookClient(notebook, kernel_name="python3", timeout=300).execute()
+    nbformat.write(notebook, folder / "notebooks" / "01_made.ipynb")
+    return folder
+
+
+class Page(HTMLParser):
+    """Ids, links, sources and open tags of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.sources, self.tags = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.links += [attributes["href"]] if "href" in attributes else []
+        self.sources += [attributes["src"]] if "src" in attributes else []
+
+
+def test_report_stands_alone_and_every_link_has_its_target(run_folder):
+    path = write_report(run_folder, notebooks=[run_folder / "notebooks/01_made.ipynb"], title="A <run>")
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert path == run_folder / "report.html" and not list(run_folder.glob(".*"))
+    assert page.sources and all(source.startswith("data:image/") for source in page.sources)
+    assert "script" not in page.tags and "link" not in page.tags and "@import" not in text
+    assert len(page.ids) == len(set(page.ids))
+    assert page.links and all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert [f"#claim-{number}" in page.links for number in (1, 2, 3, 4)] == [True] * 4
+    assert "A &lt;run&gt;" in text and "printed_text" in text and "a&lt;b" in text
+    assert "100 rows, the first 60 shown" in text
+    code = re.search(r"<details class=\"code\">.*?</details>", text, re.S)[0]
+    assert "matplotlib" in re.sub("<[^>]+>", "", code)
+
+
+def test_report_without_comparisons_says_so_and_absent_notebooks_are_errors(run_folder, tmp_path):
+    page = write_report(tmp_path, notebooks=[run_folder / "notebooks/01_made.ipynb"], title="part of a run")
+    assert "has no answer yet" in page.read_text(encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="no notebook at"):
+        write_report(tmp_path, notebooks=[tmp_path / "02_absent.ipynb"], title="part of a run")
+
+
+def test_formulas_become_pictures_and_code_stays():
+    text = formulas_to_pictures("a $x^2$ b `$y$` costs \\$5 and \\$6\n```\n$z$\n```\n$$\\frac{a}{b}$$ $\\unknowable{x}$")
+    assert text.count("<img") == 2 and 'alt="x^2"' in text and 'class="equation" alt="\\frac{a}{b}"' in text
+    assert "`$y$`" in text and "$z$" in text and "\\$5 and \\$6" in text and "`\\unknowable{x}`" in text
