@@ -136,10 +136,11 @@ def pooled_positions(attention_mask: Tensor, constituent_ids: Tensor) -> Tensor:
 
 
 def start_layers_from_depth(num_layers: int, shares: Sequence[float] = DEPTH_SHARES) -> list[int]:
-    """Block indices at shares of depth: ceil(share × `num_layers`) − 1, at least 1 (0 for one block).
+    """Block indices at shares of depth: ceil(share × `num_layers`) − 1, but at least 1 of more than 8 blocks.
 
-    One index per share, so a shallow model may have the same index twice. The rule gives the published start
-    layers of 16, 18, 24 and 36 blocks, and 1, 2, 5, 8, 11 of 12 blocks, where 1, 4, 5, 8, 11 were published.
+    The rule gives the published start layers of 16, 18, 24 and 36 blocks, and 1, 2, 5, 8, 11 of 12 blocks,
+    where 1, 4, 5, 8, 11 were published. Fewer blocks start at 0, so that 1 % and 25 % differ. One index per
+    share: of four blocks or fewer, two shares can give the same one.
 
     Raises ValueError for a share outside (0, 1] or `num_layers` below 1.
     """
@@ -147,7 +148,7 @@ def start_layers_from_depth(num_layers: int, shares: Sequence[float] = DEPTH_SHA
         raise ValueError(f"num_layers must be at least 1, not {num_layers}")
     if any(not 0 < share <= 1 for share in shares):
         raise ValueError(f"shares of depth must lie in (0, 1], not {list(shares)}")
-    lowest = min(1, num_layers - 1)
+    lowest = 1 if num_layers > 8 else 0
     return [max(lowest, math.ceil(round(share * num_layers, 9)) - 1) for share in shares]
 
 

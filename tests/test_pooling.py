@@ -291,6 +291,8 @@ def test_start_layers_from_depth():
         12: [1, 2, 5, 8, 11],  # published with 4 as second
     }
     assert {depth: start_layers_from_depth(depth) for depth in published} == published
+    assert start_layers_from_depth(8) == [0, 1, 3, 5, 7]
+    assert start_layers_from_depth(4) == [0, 0, 1, 2, 3]
     assert start_layers_from_depth(1) == [0] * 5
     assert start_layers_from_depth(30, [0.1, 0.7]) == [2, 20]  # 0.1 × 30 > 3 in floating point
     for depth, shares in ((12, [0.0]), (12, [1.1]), (12, [float("nan")]), (0, [1.0])):
