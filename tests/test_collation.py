@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset
 from tiny import TEXTS, byte_level_tokenizer, metaspace_tokenizer, tiny_model
 
-from carma_lib.collation import Collator, encode, encode_text
+from carma_lib.collation import Collator, _single_target, encode, encode_text
 
 
 def rows(*texts, target="dog"):
@@ -46,6 +46,12 @@ def test_targets_of_several_tokens():
         encode(data, tokenizer, suffix=' is called a "')
     kept = encode(data, tokenizer, suffix=' is called a "', drop=True)
     assert kept["target"][:] == ["dog", "cat"] and all(tokenizer.decode(row["target_id"]) == row["target"] for row in kept)
+
+
+def test_a_target_that_changes_the_prompts_own_tokens_is_none():
+    """ "hot" and "dog" are known, but "hotdog" is one token: it would not continue the prompt that the model sees."""
+    assert _single_target([1, 2], [1, 2, 3]) == 3
+    assert _single_target([1, 2], [1, 4, 3]) == _single_target([1, 2], [1, 4]) == _single_target([1], [1, 2, 3]) == -1
 
 
 def test_language_modelling():
