@@ -3,8 +3,8 @@
     python benchmarks/evidence.py [--studies 2000]     coverage, false positives, power as a curve
     python benchmarks/evidence.py --rows 10000000      time and memory of the summaries
 
-A made study: every method answers the same items from the same seeds. The log-odds of a right answer are level
-+ item + seed + (method's own seed effect), each normal, minus a harm where words are replaced.
+A made study: every method answers the same items from the same seeds. The log-odds of a right answer are
+level + item + seed + (method's own seed effect), each normal, minus a harm where words are replaced.
 """
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def truth(design: Design, level: float) -> tuple[float, float]:
     return float(of_seed @ clean), float(of_seed @ (kept / clean))
 
 
-def made_study(design: Design, generator: np.random.Generator, effect: float) -> list[tuple[Crossed, Crossed]]:
+def made_study(design: Design, generator: np.random.Generator,
+               effect: float) -> list[tuple[Crossed, Crossed]]:
     """(accuracy, ConsistSyn) cells of the baseline and of a method better by `effect` in log-odds."""
     shape = (design.seeds, design.items)
     shared = generator.normal(0, design.item_spread, design.items)
@@ -108,9 +109,8 @@ def cv_coverage(seeds: int, studies: int, *, ratio: float = 0.5, seed: int = 0) 
         true.append(np.sqrt(weights @ (chance.mean(axis=1) - mean) ** 2 + noise) / mean)
     hits = []
     for _ in range(studies):
-        first, second = (
-            (generator.random((seeds, 300)) < expit(odds + generator.normal(0, spread, (seeds, 1)))).mean(axis=1)
-            for spread in spreads)
+        chances = [expit(odds + generator.normal(0, spread, (seeds, 1))) for spread in spreads]
+        first, second = ((generator.random((seeds, 300)) < chance).mean(axis=1) for chance in chances)
         one, two = cv_interval(first), cv_ratio_test(first, second)
         hits.append((one.low <= true[0] <= one.high, two.low <= true[0] / true[1] <= two.high, two.p <= 0.05))
     return pd.DataFrame(hits, columns=["CV", "CV ratio", "permutation test rejects"]).mean()
@@ -136,7 +136,7 @@ def family_error(design: Design, studies: int, *, seed: int = 0) -> float:
 
 
 def power_curve(design: Design, studies: int, seeds: tuple[int, ...], *, seed: int = 0) -> pd.DataFrame:
-    """How often a true difference in accuracy is found, by number of seeds: simulated, and by `inference.power`."""
+    """How often a true difference is found, by number of seeds: simulated, and by `inference.power`."""
     difference = truth(design, design.level + design.effect)[0] - truth(design, design.level)[0]
     lines = []
     for number in seeds:
@@ -148,18 +148,19 @@ def power_curve(design: Design, studies: int, seeds: tuple[int, ...], *, seed: i
             found.append((test.p < 0.05, gaps.var(ddof=1), test.standard_error**2))
         rejected, seed_variance, variance = np.mean(found, axis=0)
         item_error = np.sqrt(max(variance - seed_variance / number, 0.0))
-        expected = power(difference, number, np.sqrt(seed_variance), item_error=item_error, items=design.items)
+        expected = power(difference, number, seed_variance**0.5, item_error=item_error, items=design.items)
         lines.append({"seeds": number, "difference": difference, "simulated": rejected, "formula": expected})
     return pd.DataFrame(lines)
 
 
 def large_table(rows: int) -> pd.DataFrame:
-    """A long table of about that many rows: 10 methods × 10 seeds × 50 conditions × as many items as needed."""
+    """A long table of about that many rows: 10 methods × 10 seeds × 50 conditions × items to fill it."""
     conditions, methods, seeds = 50, 10, 10
     items = max(rows // (conditions * methods * seeds), 1)
     place = np.arange(items * conditions * methods * seeds)
     condition = place // (items * seeds * methods)
-    item = pd.Categorical.from_codes((place % items).astype(np.int32), [f"item{number}" for number in range(items)])
+    names = [f"item{number}" for number in range(items)]
+    item = pd.Categorical.from_codes((place % items).astype(np.int32), names)
     pooled, replaced = condition >= 10, (condition > 0) & (condition < 10)
 
     def category(codes: np.ndarray, names: list[str]) -> pd.Categorical:
@@ -170,7 +171,7 @@ def large_table(rows: int) -> pd.DataFrame:
     right = np.random.default_rng(0).random(len(place)) < 0.6
     return pd.DataFrame(same | {
         "item_id": item, "target": item, "prediction": item, "correct": right, "budget": 100,
-        "method": category(place // (items * seeds) % methods, [f"method{number}" for number in range(methods)]),
+        "method": category(place // (items * seeds) % methods, [f"method{each}" for each in range(methods)]),
         "seed": place // items % seeds, "changed": 1, "rank": 2 - right.astype(int), "log_probability": -1.0,
         "condition": category(replaced + 2 * pooled, ["clean", "replaced", "pooled"]),
         "source": category(replaced, ["", "wordnet"]), "rate": np.where(replaced, condition / 10, 0.0),

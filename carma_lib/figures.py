@@ -268,6 +268,7 @@ def heat_map(grid: pd.DataFrame, *, label: str) -> Figure:
     figure, (axes,) = _panels(width, 0.9 + 0.32 * len(table))
     sns.heatmap(100 * table, annot=True, fmt=".1f", cmap="cividis_r", ax=axes, linewidths=0.5,
                 annot_kws={"size": 7}, cbar_kws={"label": f"{label}, %"})
+    axes.grid(visible=False)
     axes.set(xlabel="last layer of the terms", ylabel="λ")
     return figure
 
@@ -297,14 +298,14 @@ def drift_by_layer(drift: pd.DataFrame, *, label: str = "distance from the start
 def power_by_seeds(power: pd.DataFrame, *, difference: float) -> Figure:
     """Power to find a true `difference` (in shares) by number of seeds, a line a claim of `power_table`.
 
-    The dotted line is the customary 80 %. Line styles differ, so that grey print works.
+    The thin line is the customary 80 %. Claims are no methods, so they have line styles, not colours.
     """
     _one(power, [], "power_by_seeds")
     figure, (axes,) = _panels(COLUMN, 2.6)
     for place, (name, line) in enumerate(power.groupby("name", sort=False)):
-        axes.plot(line["n_seeds"], line["power"], label=name, color=_PALETTE[place % 10],
+        axes.plot(line["n_seeds"], line["power"], label=name, color=("black", "#777777")[place // 4 % 2],
                   linestyle=("-", "--", "-.", ":")[place % 4])
-    axes.axhline(0.8, color="black", linewidth=0.8, linestyle=":")
+    axes.axhline(0.8, color="black", linewidth=0.5)
     axes.set(xlabel="seeds", ylabel=f"power for {100 * difference:g} points", ylim=(0, 1.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     handles, labels = axes.get_legend_handles_labels()

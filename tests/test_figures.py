@@ -11,8 +11,8 @@ from carma_lib.comparisons import power_table, primary_comparisons
 from carma_lib.results import METHOD_LABELS
 
 SPLITS = ("test_seen", "test_held_out", "test_longer")
-CLAIMS = [{"name": f"{kind} of {metric}", "kind": kind, "metric": metric, "split": "test_seen", "method": "carma",
-           "baseline": "fine_tuning", **more} for metric, kind, more in (
+CLAIMS = [{"name": f"{kind} of {metric}", "kind": kind, "metric": metric, "split": "test_seen",
+           "method": "carma", "baseline": "fine_tuning", **more} for metric, kind, more in (
     ("accuracy", "difference", {"condition": "clean"}), ("consist_syn", "difference", {"rate": 0.4}),
     ("accuracy", "non-inferiority", {"condition": "clean", "margin": 0.02}),
     ("accuracy", "cv ratio", {"condition": "clean", "rate": 0.0}))]
@@ -37,12 +37,14 @@ def drawn(results, comparisons):
     variation = statistics.coefficient_of_variation(results).query("condition == 'clean'")
     powers = power_table(comparisons)
     grid = pd.DataFrame({"carma_weight": [0.1, 0.1, 0.3], "end_layer": [2, 4, 2], "value": [0.5, 0.6, 0.55]})
-    drift = pd.DataFrame({"method": np.repeat(["fine_tuning", "carma"], 6), "seed": np.tile([0, 0, 0, 1, 1, 1], 2),
-                          "layer": np.tile(range(3), 4), "value": np.arange(12.0)})
+    drift = pd.DataFrame({"method": np.repeat(["fine_tuning", "carma"], 6),
+                          "seed": np.tile([0, 0, 0, 1, 1, 1], 2), "layer": np.tile(range(3), 4),
+                          "value": np.arange(12.0)})
     return {
         "learning_curves": (figures.learning_curves(made_history()), made_history()),
         "accuracy_by_method": (figures.accuracy_by_method(clean, clean_seeds), clean),
-        "consist_syn_by_rate": (figures.consist_syn_by_rate(*tables["consist_syn"]), tables["consist_syn"][0]),
+        "consist_syn_by_rate": (figures.consist_syn_by_rate(*tables["consist_syn"]),
+                                tables["consist_syn"][0]),
         "pooling_by_depth": (figures.pooling_by_depth(kept, kept_seeds), kept),
         "cv_by_method": (figures.cv_by_method(variation), variation),
         "forest_plot": (figures.forest_plot(comparisons), comparisons),
@@ -58,6 +60,7 @@ def test_every_figure_is_saved_with_its_data_and_nothing_is_cut_off(results, com
         assert path == tmp_path / f"{name}.png" and path.stat().st_size > 5000
         assert "<svg" in (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
         assert len(pd.read_csv(tmp_path / f"{name}.csv")) == len(table)
+        figure.draw_without_rendering()
         box, width = figure.get_tightbbox(), figure.get_figwidth()
         assert box.x0 > -0.02 and box.y0 > -0.02 and box.x1 < width + 0.02, f"{name} is cut off"
         assert width in (figures.COLUMN, figures.PAGE, figures.FOREST)
@@ -76,7 +79,8 @@ def test_same_svg_twice(results, comparisons, tmp_path):
 
 def test_methods_differ_in_colour_and_marker_everywhere():
     assert list(figures.METHOD_COLOURS) == list(figures.METHOD_MARKERS) == list(METHOD_LABELS)
-    assert len(set(figures.METHOD_COLOURS.values())) == len(set(figures.METHOD_MARKERS.values())) == len(METHOD_LABELS)
+    for look in (figures.METHOD_COLOURS, figures.METHOD_MARKERS):
+        assert len(set(look.values())) == len(METHOD_LABELS)
     assert figures.METHOD_COLOURS["fine_tuning"] == "#0173b2" and figures.METHOD_COLOURS["carma"] == "#de8f05"
 
 
@@ -96,7 +100,8 @@ def test_points_and_bars_are_those_of_the_table(results):
 def test_forest_plot_fills_what_survives_correction_and_leaves_out_what_was_not_tested(comparisons):
     table = comparisons.assign(holm_p=[0.01, 0.2, 0.01, 0.5])
     axes = figures.forest_plot(table).axes
-    fills = [to_hex(line.get_markerfacecolor()) for panel in axes for line in panel.lines if line.get_marker() == "s"]
+    fills = [to_hex(line.get_markerfacecolor()) for panel in axes for line in panel.lines
+             if line.get_marker() == "s"]
     assert fills == [figures.METHOD_COLOURS["carma"], "#ffffff", figures.METHOD_COLOURS["carma"], "#ffffff"]
     untested = table.assign(estimate=[np.nan, 0.1, 0.1, np.nan])
     assert len(figures.forest_plot(untested).axes) == 1

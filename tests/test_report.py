@@ -16,7 +16,8 @@ from carma_lib.report import formulas_to_pictures, write_report
 PAIR = {"method": "carma", "baseline": "fine_tuning"}
 PLAN = [
     {"name": "Accuracy", "kind": "difference", "metric": "accuracy", "condition": "clean", **PAIR},
-    {"name": "Preserved", "kind": "non-inferiority", "metric": "accuracy", "condition": "clean", "margin": 0.02, **PAIR},
+    {"name": "Preserved", "kind": "non-inferiority", "metric": "accuracy", "condition": "clean",
+     "margin": 0.02, **PAIR},
     {"name": "ConsistSyn", "kind": "difference", "metric": "consist_syn", "rate": 0.4, **PAIR},
     {"name": "Spread", "kind": "cv ratio", "metric": "accuracy", "condition": "clean", **PAIR},
     {"name": "Against R-Drop", "kind": "difference", "metric": "accuracy", "condition": "clean",
@@ -25,10 +26,11 @@ PLAN = [
 
 
 def made_comparisons(effect):
-    return primary_comparisons(made_results(methods={"fine_tuning": 0.0, "carma": effect}, seeds=8, items=200), PLAN)
+    results = made_results(methods={"fine_tuning": 0.0, "carma": effect}, seeds=8, items=200)
+    return primary_comparisons(results, PLAN)
 
 
-# -- tables -----------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 def test_paper_table_holds_what_the_metrics_say():
     results = made_results(items=120)
@@ -40,7 +42,8 @@ def test_paper_table_holds_what_the_metrics_say():
     clean, replaced = carma["clean", 0.0].astype(bool), carma["replaced", 0.4].astype(bool)
     kept = replaced[clean].groupby("seed").mean()
     by_seed = replaced.groupby("seed").mean()
-    assert row["consist_syn"] == pytest.approx(kept.mean()) and row["accuracy"] == pytest.approx(replaced.mean())
+    assert row["consist_syn"] == pytest.approx(kept.mean())
+    assert row["accuracy"] == pytest.approx(replaced.mean())
     assert row["cv_accuracy"] == pytest.approx(by_seed.std() / by_seed.mean())
     assert row["cv_consist_syn"] == pytest.approx(kept.std() / kept.mean())
     empty = table[table["cv_accuracy"].isna()]
@@ -52,8 +55,8 @@ def test_paper_table_holds_what_the_metrics_say():
 
 def test_published_figures_stand_beside_ours_and_say_how_they_differ():
     sizes = {"methods": {"fine_tuning": 0.5, "carma": 0.5}, "seeds": 2, "items": 20, "layers": ()}
-    results = pd.concat([made_results(task=task, model=model, **sizes) for task, model in (
-        ("sst3", "openai-community/gpt2"), ("wordnet_inverse_dictionary", "gpt2-large"), ("made_task", "gpt2"))])
+    runs = {"sst3": "openai-community/gpt2", "wordnet_inverse_dictionary": "gpt2-large", "made_task": "gpt2"}
+    results = pd.concat([made_results(task=task, model=model, **sizes) for task, model in runs.items()])
     table = tables.beside_published(tables.paper_table(results)).set_index(["task", "method"])
     assert table.loc[("sst3", "carma"), "published_accuracy"] == pytest.approx(1670 / 2210)
     assert table.loc[("wordnet_inverse_dictionary", "carma"), "published_correct"] == 324
@@ -85,7 +88,7 @@ def test_disagreements_show_both_sides():
         tables.disagreements(results, "carma", "r_drop")
 
 
-# -- the answer -------------------------------------------------------------------------------------------------
+# -- the answer ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("effect, accuracy, count", [
     (2.0, "CARMA is better than fine-tuning", "3 shown"),
@@ -112,7 +115,7 @@ def test_answer_says_why_a_claim_was_not_tested():
     assert second.startswith("Against R-Drop: not tested, because no rows of r_drop")
 
 
-# -- the page ---------------------------------------------------------------------------------------------------
+# -- the page --------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
@@ -120,11 +123,12 @@ def run_folder(tmp_path_factory):
     comparisons = made_comparisons(1.0)
     tables.save_table(comparisons, folder / "tables", "primary_comparisons")
     tables.save_table(pd.DataFrame({"a<b": range(100)}), folder / "tables", "long_table")
-    figures.save_figure(figures.forest_plot(comparisons), folder / "figures", "primary_comparisons", comparisons)
+    picture = figures.forest_plot(comparisons)
+    figures.save_figure(picture, folder / "figures", "primary_comparisons", comparisons)
     notebook = nbformat.v4.new_notebook(cells=[
         nbformat.v4.new_markdown_cell("# A <made> study\n\nWith $\\lambda = 0.2$ and `$x$`, for \\$5:\n\n"
                                       "$$L = (1 - \\lambda) L_\\mathrm{task} + \\lambda L_\\mathrm{CARMA}$$"),
-        nbformat.v4.new_code_cell("import matplotlib.pyplot as plt\nfigure, axes = plt.subplots()\naxes.plot([1, 2])"),
+        nbformat.v4.new_code_cell("import matplotlib.pyplot as plt\nplt.plot([1, 2])"),
         nbformat.v4.new_code_cell("print('printed' + '_text')")])
     (folder / "notebooks").mkdir()
     NotebookClient(notebook, kernel_name="python3", timeout=300).execute()
@@ -172,6 +176,7 @@ def test_report_without_comparisons_says_so_and_absent_notebooks_are_errors(run_
 
 
 def test_formulas_become_pictures_and_code_stays():
-    text = formulas_to_pictures("a $x^2$ b `$y$` costs \\$5 and \\$6\n```\n$z$\n```\n$$\\frac{a}{b}$$ $\\unknowable{x}$")
+    text = formulas_to_pictures("a $x^2$ b `$y$` costs \\$5 and \\$6\n```\n$z$\n```\n"
+                                "$$\\frac{a}{b}$$ $\\unknowable{x}$")
     assert text.count("<img") == 2 and 'alt="x^2"' in text and 'class="equation" alt="\\frac{a}{b}"' in text
     assert "`$y$`" in text and "$z$" in text and "\\$5 and \\$6" in text and "`\\unknowable{x}`" in text

@@ -1,4 +1,4 @@
-"""Metrics, intervals and tests against hand computation, scipy, statsmodels and studies whose truth is known."""
+"""Metrics, intervals, tests against hand computation, scipy, statsmodels and studies of known truth."""
 import importlib.util
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def row_of(table, **where):
     return chosen.iloc[0]
 
 
-# -- the table on disk ------------------------------------------------------------------------------------------
+# -- the table on disk -----------------------------------------------------------------------------
 
 def test_table_survives_the_disk(results, tmp_path):
     for method, rows in results.groupby("method"):
@@ -86,7 +86,7 @@ def test_same_run_in_two_files_and_absent_files_are_errors(results, tmp_path):
         read_results(tmp_path / "results_c.parquet")
 
 
-# -- metrics ----------------------------------------------------------------------------------------------------
+# -- metrics ---------------------------------------------------------------------------------------
 
 def by_hand(results, method, seed, metric, **condition):
     """One seed's value, with plain loops over items."""
@@ -103,7 +103,8 @@ def by_hand(results, method, seed, metric, **condition):
         "mean_log_probability": lambda: sum(row.log_probability for row in changed) / len(changed),
         "consist_syn": lambda: sum(row.correct for row in right) / len(right),
         "accuracy_kept": lambda: sum(row.correct for row in right) / len(right),
-        "agreement": lambda: sum(row.prediction == clean[row.item_id].prediction for row in changed) / len(changed),
+        "agreement": lambda: sum(row.prediction == clean[row.item_id].prediction for row in changed)
+        / len(changed),
         "pooling_drop": lambda: (sum(clean[row.item_id].correct for row in changed)
                                  - sum(row.correct for row in changed)) / len(changed),
     }[metric]()
@@ -112,12 +113,14 @@ def by_hand(results, method, seed, metric, **condition):
 @pytest.mark.parametrize("metric", statistics.METRICS)
 def test_metric_is_the_mean_of_the_seeds_values(results, metric):
     condition = {"condition": statistics.METRICS[metric].conditions[-1]}
-    condition |= {"start_layer": 2, "protocol": "mean"} if condition["condition"] == "pooled" else {"rate": 0.4}
+    pooled = condition["condition"] == "pooled"
+    condition |= {"start_layer": 2, "protocol": "mean"} if pooled else {"rate": 0.4}
     shuffled = results.sample(frac=1, random_state=0)
     for frame in (shuffled, check_results(shuffled)):
         values = [by_hand(results, "carma", seed, metric, **condition) for seed in range(6)]
         line = row_of(statistics.summarise(frame, metric), method="carma", **condition)
-        assert line["estimate"] == pytest.approx(np.mean(values)) and line["low"] < np.mean(values) < line["high"]
+        assert line["estimate"] == pytest.approx(np.mean(values))
+        assert line["low"] < np.mean(values) < line["high"]
         seeds = statistics.per_seed(frame, metric)
         seeds = seeds[np.logical_and.reduce([seeds[name] == value for name, value in condition.items()])]
         seeds = seeds[seeds["method"] == "carma"].sort_values("seed")
@@ -172,8 +175,8 @@ def test_cells_that_cannot_be_filled_say_why(results):
     gap = carma.drop(carma.index[(carma["seed"] == 1) & carma["item_id"].str.endswith("00007")])
     lines = statistics.accuracy(gap)
     assert (lines["n_items"] == 79).all() and lines["note"].str.contains("1 items not answered").all()
-    empty = [frame["note"][frame["estimate"].isna()].str.len().gt(0).all() for frame in (one_seed, never, some)]
-    assert all(empty)
+    for frame in (one_seed, never, some):
+        assert frame["note"][frame["estimate"].isna()].str.len().gt(0).all()
 
 
 def test_bad_input_of_metrics(results):
@@ -197,7 +200,7 @@ def test_tasks_never_mix(results):
     pd.testing.assert_frame_equal(statistics.accuracy(pd.concat([results, other])), alone)
 
 
-# -- intervals --------------------------------------------------------------------------------------------------
+# -- intervals -------------------------------------------------------------------------------------
 
 def test_crossed_interval_against_two_way_analysis_of_variance():
     values = np.random.default_rng(0).normal(size=(4, 9)) + np.arange(9) + np.arange(4)[:, None]
@@ -238,11 +241,12 @@ def test_cv_interval_on_the_edge():
     assert cv_interval(values)[1:3] == pytest.approx(tuple(edges), rel=1e-3)
 
 
-# -- tests ------------------------------------------------------------------------------------------------------
+# -- tests -----------------------------------------------------------------------------------------
 
 def test_paired_test_over_seeds_alone_is_the_paired_t_test():
     first, second = np.random.default_rng(0).random((2, 6, 1))
-    cells = [statistics.Crossed(np.arange(6), np.arange(1), values, np.ones((6, 1))) for values in (first, second)]
+    ones = np.ones((6, 1))
+    cells = [statistics.Crossed(np.arange(6), np.arange(1), values, ones) for values in (first, second)]
     found = inference.paired_test(*cells)
     expected = stats.ttest_rel(first[:, 0], second[:, 0])
     assert found.p == pytest.approx(expected.pvalue)
@@ -270,7 +274,8 @@ def test_hierarchical_bootstrap_against_plain_loops(results):
 
 def test_mcnemar_against_statsmodels(results):
     table = inference.mcnemar(results, "carma", "fine_tuning", CLEAN)
-    clean = results[results["condition"] == "clean"].pivot(index=["seed", "item_id"], columns="method", values="correct")
+    clean = results[results["condition"] == "clean"]
+    clean = clean.pivot(index=["seed", "item_id"], columns="method", values="correct")
     for line in table.itertuples():
         both = clean.loc[line.seed]
         cross = pd.crosstab(both["carma"].astype(bool), both["fine_tuning"].astype(bool))
@@ -290,8 +295,8 @@ def test_cv_ratio_against_scipy_permutation():
     one, two = first / first.mean(), second / second.mean()
     for limit in (found.low, found.high):
         assert stats.pearsonr(one + limit * two, one - limit * two).pvalue == pytest.approx(0.05)
-    many = inference.cv_ratio_test(*(0.6 + 0.02 * np.random.default_rng(0).normal(size=(2, 20)) * [[0.3], [1]]))
-    assert many.p < 0.01
+    first, second = 0.6 + 0.02 * np.random.default_rng(0).normal(size=(2, 20)) * [[0.3], [1]]
+    assert inference.cv_ratio_test(first, second).p < 0.01
 
 
 def test_cv_ratio_says_what_few_seeds_can_show():
@@ -310,7 +315,8 @@ def test_logistic_model_against_gee_and_odds(results):
     base = odds["fine_tuning", "clean", 0.0]
     assert table.loc["intercept", "odds_ratio"] == pytest.approx(base)
     assert table.loc["carma", "odds_ratio"] == pytest.approx(odds["carma", "clean", 0.0] / base)
-    expected = odds["carma", "replaced", 0.4] / odds["fine_tuning", "replaced", 0.4] / table.loc["carma", "odds_ratio"]
+    changed = odds["carma", "replaced", 0.4] / odds["fine_tuning", "replaced", 0.4]
+    expected = changed / table.loc["carma", "odds_ratio"]
     assert table.loc["carma × replaced 40 %", "odds_ratio"] == pytest.approx(expected)
     # Where seeds are copies of one another only items vary: GEE clustered by item gives the same errors.
     copies = pd.concat([rows[(rows["seed"] == 0) & (rows["condition"] == "clean")].assign(seed=seed)
@@ -337,19 +343,22 @@ def test_power_against_statsmodels():
     for seeds in (3, 10, 40):
         expected = TTestPower().power(0.02 / 0.03, seeds, 0.05)
         assert inference.power(0.02, seeds, 0.03) == pytest.approx(expected, abs=1e-6)
-    assert inference.seeds_needed(0.02, 0.03) == int(np.ceil(TTestPower().solve_power(0.02 / 0.03, alpha=0.05, power=0.8)))
+    needed = TTestPower().solve_power(0.02 / 0.03, alpha=0.05, power=0.8)
+    assert inference.seeds_needed(0.02, 0.03) == int(np.ceil(needed))
     assert inference.seeds_needed(0.02, 0.03, item_error=0.02) is None
 
 
-# -- the plan ---------------------------------------------------------------------------------------------------
+# -- the plan --------------------------------------------------------------------------------------
 
 PLAN = [
     {"name": "accuracy", "kind": "difference", "metric": "accuracy", **CLEAN, **PAIR},
     {"name": "no worse", "kind": "non-inferiority", "metric": "accuracy", "margin": 0.02, **CLEAN, **PAIR},
     {"name": "ConsistSyn", "kind": "difference", "metric": "consist_syn", "rate": 0.4, **PAIR},
-    {"name": "loss", "kind": "difference", "metric": "pooling_drop", "start_layer": 0, "protocol": "sum", **PAIR},
+    {"name": "loss", "kind": "difference", "metric": "pooling_drop", "start_layer": 0, "protocol": "sum",
+     **PAIR},
     {"name": "CV", "kind": "cv ratio", "metric": "accuracy", **CLEAN, **PAIR},
-    {"name": "tuning", "kind": "difference", "metric": "accuracy", **CLEAN, "method": "carma", "baseline": "untuned"},
+    {"name": "tuning", "kind": "difference", "metric": "accuracy", **CLEAN, "method": "carma",
+     "baseline": "untuned"},
 ]
 
 
@@ -379,7 +388,8 @@ def test_methods_missing_in_some_seeds_or_altogether_are_told(results):
     assert table.loc["accuracy", "n_seeds"] == 4
     assert table.loc["accuracy", "note"] == "seeds 1, 4 of fine_tuning left out: not in both methods"
     nothing = primary_comparisons(results[results["method"] != "carma"], PLAN)
-    assert (nothing["verdict"] == "not tested").all() and nothing["note"].str.startswith("no rows of carma").all()
+    assert (nothing["verdict"] == "not tested").all()
+    assert nothing["note"].str.startswith("no rows of carma").all()
     never = primary_comparisons(results.assign(correct=False), PLAN).set_index("name")
     assert "no item answered right" in never.loc["ConsistSyn", "note"]
     assert never.loc["accuracy", "verdict"] == "no difference shown"
@@ -407,7 +417,7 @@ def test_a_claim_must_name_one_cell(results):
         primary_comparisons(results, [PLAN[0], PLAN[0]])
 
 
-# -- studies whose truth is known -------------------------------------------------------------------------------
+# -- studies whose truth is known ------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["5 seeds", "5 seeds, seeds hardly differ", "5 seeds, seeds differ much"])
 def test_intervals_cover(evidence, name):
