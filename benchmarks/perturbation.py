@@ -20,7 +20,8 @@ def sst_sentences() -> list[str]:
     path = Path(os.environ["CARMA_DATA"]) / "sst" / "trees" / "test.txt"
     trees = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     brackets = {"-LRB-": "(", "-RRB-": ")"}
-    return [" ".join(brackets.get(leaf, leaf) for leaf in re.findall(r"\(\d ([^ ()]+)\)", tree)) for tree in trees]
+    leaves = (re.findall(r"\(\d ([^ ()]+)\)", tree) for tree in trees)
+    return [" ".join(brackets.get(leaf, leaf) for leaf in sentence) for sentence in leaves]
 
 
 def show_quality(name: str, texts: list[str], show: int) -> None:
@@ -31,7 +32,8 @@ def show_quality(name: str, texts: list[str], show: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=200, help="texts of each kind for the quality table")
     parser.add_argument("--show", type=int, default=10, help="texts of each kind to print with their changes")
     options = parser.parse_args()

@@ -270,8 +270,8 @@ def synonym_forms(form: str, tag: str, agreement: float = AGREEMENT) -> tuple[st
     """Forms that can stand for a lower-case word form with this Penn tag: `synonyms`, inflected alike.
 
     A form that serves several tags ("started": past and participle) takes only candidates that have one form
-    for all of them, since taggers often mistake one for the other. Empty if there are none. A lower `agreement`
-    finds more candidates, of which more mean something else.
+    for all of them, since taggers often mistake one for the other. Empty if there are none. A lower
+    `agreement` finds more candidates, of which more mean something else.
     """
     part_of_speech = part_of_speech_of(tag)
     if part_of_speech is None or not usual_part_of_speech(form, part_of_speech):

@@ -28,8 +28,8 @@ Score = Callable[[list[str]], Sequence[float]]
 
 ARTICLES = frozenset(["a", "an"])
 # A written vowel or a silent h, unless the word begins with the sound of "you" or "w" (unique, European, one)
-VOWEL_SOUND = re.compile(r"(?!uni(?!n|m|de)|unanim|u[bstv][aeiou]|ur[aeiou]|uk|eu|ewe|ones?\b|oneself|once)[aeiou]"
-                         r"|hon(?:est|or|our)|hour|heir", re.IGNORECASE)
+VOWEL_SOUND = re.compile(r"(?!uni(?!n|m|de)|unanim|u[bstv][aeiou]|ur[aeiou]|uk|eu|ewe|ones?\b|oneself|once)"
+                         r"[aeiou]|hon(?:est|or|our)|hour|heir", re.IGNORECASE)
 
 
 class Change(NamedTuple):
@@ -73,7 +73,8 @@ def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int]
     span: characters [start, end) that may change, all of the text if None; words across its edge stay.
     forbidden: words (targets) that are not introduced in any of their forms.
     source: where candidates come from, WordNet by default, `functools.partial(synonym_forms, agreement=0.25)`
-        for more and looser candidates; a dict from lower-case forms to forms is taken as it is, whatever the tag.
+        for more and looser candidates; a dict from lower-case forms to forms is taken as it is, whatever the
+        tag, and needs no WordNet.
 
     Raises ValueError for a rate outside [0, 1] or a span outside the text.
     """

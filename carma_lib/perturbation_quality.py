@@ -20,7 +20,7 @@ SAME_INFLECTION = {"VBN": "VBD", "VBP": "VB"}  # pairs that look alike in most v
 
 @lru_cache(maxsize=None)
 def first_lemma_of_any_sense(form: str, tag: str) -> tuple[str, ...]:
-    """The baseline: WordNet's first other lemma of the word's first senses, of any part of speech, uninflected."""
+    """The baseline: WordNet's first other lemma, of any sense and any part of speech, uninflected."""
     names = (lemma.name() for synset in wordnet().synsets(form) for lemma in synset.lemmas())
     other = next((name for name in names if name.lower() != form), None)
     return () if other is None else (other.replace("_", " "),)
@@ -31,9 +31,9 @@ def replacement_quality(texts: Sequence[str], replacements: Sequence[Replacement
 
     content_words, requested, made: counts. coverage: made / content_words. reached: made / requested.
     texts_reached: share of texts with as many replacements as requested. changed_article: a/an put right, per
-    replacement. wrong_part_of_speech: share of the replacements that the tagger reads as another part of speech
-    than the word before. broken_inflection: share that it reads as the same part of speech in another form
-    (a plural for a singular); past and participle, and base form and present, count as one form.
+    replacement. wrong_part_of_speech: share of the replacements that the tagger reads as another part of
+    speech than the word before. broken_inflection: share that it reads as the same part of speech in another
+    form (a plural for a singular); past and participle, and base form and present, count as one form.
     Rates without anything to count are NaN.
     """
     content = sum(is_content(word) for text in texts for word in tagged_words(text))
@@ -54,7 +54,7 @@ def replacement_quality(texts: Sequence[str], replacements: Sequence[Replacement
 
 def quality_table(texts: Sequence[str], *, rates: Sequence[float] = (0.1, 0.25, 0.4, 1.0), seed: int = 0,
                   sources: Mapping[str, Source] | None = None) -> pandas.DataFrame:
-    """`replacement_quality` of every source (default: WordNet gated, and the baseline) at every rate, a row each.
+    """`replacement_quality` of every source (default: gated WordNet, and the baseline) at every rate.
 
     Besides: no_candidate, the share of content words that no rate can change, from the run at rate 1.
     The baseline replaces in the same places by the same rules and differs in the candidates only.
@@ -84,8 +84,8 @@ def _tags(text: str, replacement: Replacement) -> list[tuple[str, str]]:
     before = {word.start: word.tag for word in tagged_words(text)}
     after = {word.end: word.tag for word in tagged_words(replacement.text)}
     words = [change for change in replacement.changes if change.before.lower() not in ARTICLES]
-    ends = [end for _, end in shift_spans([(change.start, change.end) for change in words], replacement.changes)]
-    return [(before[change.start], after.get(end, "")) for change, end in zip(words, ends, strict=True)]
+    spans = shift_spans([change[:2] for change in words], replacement.changes)
+    return [(before[change.start], after.get(end, "")) for change, (_, end) in zip(words, spans, strict=True)]
 
 
 def _share(part: int, whole: int) -> float:

@@ -31,22 +31,37 @@ def is_content(word: Word) -> bool:
 def tagged_words(text: str) -> tuple[Word, ...]:
     """The words and punctuation marks of a text with their Penn tags in context (TextBlob's PatternTagger).
 
-    A capitalised word is tagged as a name (NNP) unless it opens a sentence and no capital follows it.
+    A capitalised word is a name (NNP), unless it opens a sentence and no capital follows it. One that does is
+    tagged in lower case; it is a name if the tagger knows it as one and else as a noun or verb (Rose, not Old).
     """
-    tokens = [match.span() for match in TOKEN.finditer(text)]
-    if not tokens:
-        return ()
-    forms = [text[start:end] for start, end in tokens]
-    lines = "".join(form + ("\n" if form in SENTENCE_END else " ") for form in forms).strip()
-    tags = [tag for _, tag in _tagger().tag(lines, tokenize=False)]
-    opening, words = True, []
-    for k, ((start, end), form, tag) in enumerate(zip(tokens, forms, tags, strict=True)):
-        followed = k + 1 < len(forms) and forms[k + 1][0].isupper()
-        if form[0].isupper() and (not opening or followed or form[1:] != form[1:].lower()):
+    from textblob.en import lexicon
+
+    places = [match.span() for match in TOKEN.finditer(text)]
+    forms = [text[start:end] for start, end in places]
+    opens = _openers(forms)
+    tagged = _tags([form.lower() if first else form for form, first in zip(forms, opens)])
+    words = []
+    for (start, end), form, first, tag in zip(places, forms, opens, tagged, strict=True):
+        known_name = tag[:2] in ("NN", "VB") and lexicon.get(form, "").startswith("NNP")
+        if form[0].isupper() and (not first or known_name) and len(form) > 1:
             tag = "NNP"
         words.append(Word(start, end, form, tag))
-        opening = form in SENTENCE_END or (opening and not form[0].isalnum())
     return tuple(words)
+
+
+def _openers(forms: Sequence[str]) -> list[bool]:
+    """For every word whether it has its capital from opening a sentence: no other capital in or after it."""
+    opening, openers = True, []
+    for form, after in zip(forms, [*forms[1:], ""]):
+        openers.append(opening and len(form) > 1 and form.istitle() and not after[:1].isupper())
+        opening = form in SENTENCE_END or (opening and not form[0].isalnum())
+    return openers
+
+
+def _tags(forms: Sequence[str]) -> list[str]:
+    """Penn tags, sentence by sentence."""
+    lines = "".join(form + ("\n" if form in SENTENCE_END else " ") for form in forms).strip()
+    return [tag for _, tag in _tagger().tag(lines, tokenize=False)] if lines else []
 
 
 @lru_cache(maxsize=1)

@@ -8,8 +8,8 @@ import pytest
 
 from carma_lib import lexicon
 from carma_lib.lexicon import (
-    AGREEMENT, FUNCTION_WORDS, RARITY, definition_pairs, inflect, lemmas_of, sense_counts, sense_shares, synonym_forms,
-    synonyms, usual_part_of_speech, wordnet)
+    AGREEMENT, FUNCTION_WORDS, RARITY, definition_pairs, inflect, lemmas_of, sense_counts, sense_shares,
+    synonym_forms, synonyms, usual_part_of_speech, wordnet)
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -23,7 +23,8 @@ def test_reader_knows_lexicographer_files():
     kinds = [wordnet().synsets(word, letter)[0].lexname() for word, letter in
              [("dog", "n"), ("entity", "n"), ("run", "v"), ("rain", "v"), ("huge", "a"), ("often", "r"),
               ("atomic", "a")]]
-    assert kinds == ["noun.animal", "noun.Tops", "verb.motion", "verb.weather", "adj.all", "adv.all", "adj.pert"]
+    assert kinds == [
+        "noun.animal", "noun.Tops", "verb.motion", "verb.weather", "adj.all", "adv.all", "adj.pert"]
     for key in sense_counts():  # lemma%part:file:..., with satellites as a part of their own
         part, file = key.split("%")[1].split(":")[:2]
         kind = ["noun", "verb", "adj", "adv", "adj"][int(part) - 1]
@@ -58,7 +59,8 @@ def test_without_wordnet_one_line_names_three_ways():
 
 def test_import_loads_nothing_heavy():
     code = ("import sys, carma_lib.perturbation_quality\n"
-            "print(sorted({'nltk', 'textblob', 'lemminflect', 'pandas', 'torch', 'tqdm'} & set(sys.modules)))")
+            "heavy = {'nltk', 'textblob', 'lemminflect', 'pandas', 'torch', 'tqdm'}\n"
+            "print(sorted(heavy & set(sys.modules)))")
     assert run_python(code) == "[]"
 
 
@@ -94,7 +96,9 @@ def plain_synonyms(word: str, letter: str) -> set[str]:
             if candidate not in lemmas:
                 continue
             one, two = lemmas[word], lemmas[candidate]
-            if not set(one.frame_ids()) <= set(two.frame_ids()) or one.syntactic_marker() != two.syntactic_marker():
+            if not set(one.frame_ids()) <= set(two.frame_ids()):
+                continue
+            if one.syntactic_marker() != two.syntactic_marker():
                 continue
             if letter == "n" and lemmas_of(candidate, "n") != (candidate,):
                 continue
@@ -110,7 +114,8 @@ def plain_synonyms(word: str, letter: str) -> set[str]:
 
 @pytest.mark.parametrize("word, letter", [
     ("film", "n"), ("movie", "n"), ("story", "n"), ("act", "v"), ("move", "v"), ("buy", "v"), ("begin", "v"),
-    ("big", "a"), ("huge", "a"), ("funny", "a"), ("often", "r"), ("usually", "r"), ("child", "n"), ("help", "v"),
+    ("big", "a"), ("huge", "a"), ("funny", "a"), ("often", "r"), ("usually", "r"), ("child", "n"),
+    ("help", "v"),
     ("wonderful", "a"), ("animal", "n"), ("allow", "v"), ("tragedy", "n")])
 def test_synonyms_equal_plain_restatement(word, letter):
     assert sense_shares(word, letter) == pytest.approx(plain_shares(word, letter))
@@ -129,8 +134,9 @@ def test_gate_keeps_sense_and_drops_nonsense():
 
 @pytest.mark.parametrize("lemma, tag, form", [
     ("hound", "NNS", "hounds"), ("purchase", "VBD", "purchased"), ("large", "JJR", "larger"),
-    ("child", "NNS", "children"), ("begin", "VBN", "begun"), ("happy", "JJS", "happiest"), ("run", "VBG", "running"),
-    ("quickly", "RB", "quickly"), ("beautiful", "JJR", None), ("zorblax", "NNS", None), ("zorblax", "NN", "zorblax")])
+    ("child", "NNS", "children"), ("begin", "VBN", "begun"), ("purchase", "VBN", "purchased"),
+    ("happy", "JJS", "happiest"), ("run", "VBG", "running"), ("quickly", "RB", "quickly"),
+    ("beautiful", "JJR", None), ("zorblax", "NNS", None), ("zorblax", "NN", "zorblax")])
 def test_inflect(lemma, tag, form):
     assert inflect(lemma, tag) == form
 
@@ -150,4 +156,5 @@ def test_form_of_two_tags_takes_no_candidate_of_two_forms():
 
 
 def test_names_and_unknown_words_have_no_forms():
-    assert synonym_forms("london", "NNP") == synonym_forms("the", "DT") == synonym_forms("zorblaxes", "NNS") == ()
+    for word, tag in [("london", "NNP"), ("the", "DT"), ("zorblaxes", "NNS")]:
+        assert synonym_forms(word, tag) == ()
