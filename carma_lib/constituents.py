@@ -48,8 +48,8 @@ def constituent_ids(offsets: Sequence[Span], spans: Sequence[Span], text: str) -
 
     Args:
         offsets: character span of each token in `text`, as a fast tokenizer's `return_offsets_mapping` gives it.
-            White space at a token's edges is cut off first; a token that is empty then (special tokens, spaces)
-            or reaches beyond a span belongs to none.
+            White space at a token's edges is cut off first. A token that reaches beyond a span belongs to none,
+            and so do special tokens and white space, except between two words of one span.
         spans: constituents of `text`, in any order.
 
     Raises:
@@ -68,8 +68,9 @@ def constituent_ids(offsets: Sequence[Span], spans: Sequence[Span], text: str) -
             start += 1
         while end > start and text[end - 1].isspace():
             end -= 1
-        owners = set(owner[start:end])
-        ids.append(owners.pop() if len(owners) == 1 else -1)
+        # white space alone belongs to a constituent on both its sides: the space between two words of a phrase
+        owners = set(owner[start:end] if start < end else owner[max(start - 1, 0):start + 1])
+        ids.append(owners.pop() if len(owners) == 1 and (start < end or start) else -1)
     return ids
 
 

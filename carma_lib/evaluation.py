@@ -38,7 +38,7 @@ class Conditions:
     """
 
     rates: tuple[float, ...] = (0.1, 0.25, 0.4)
-    depth_shares: tuple[float, ...] = (0.01, 0.5, 1.0)
+    depth_shares: tuple[float, ...] = (0.5, 0.75, 1.0)
     protocols: tuple[str, ...] = PROTOCOLS
     levels: tuple[str, ...] = LEVELS
     splits: tuple[str, ...] = ()
@@ -91,7 +91,8 @@ def evaluate_model(model: Any, tokenizer: Any, rows: datasets.Dataset, *, prompt
                    conditions: Conditions) -> pd.DataFrame:
     """All conditions of one split: item_id, target and the columns from `condition` on of the result table."""
     depth = model.config.num_hidden_layers
-    shares = dict(zip(start_layers_from_depth(depth, conditions.depth_shares), conditions.depth_shares))
+    layers = start_layers_from_depth(depth, conditions.depth_shares)
+    shares = {layer: share for layer, share in zip(reversed(layers), reversed(conditions.depth_shares))}
     parts = [_answers(model, tokenizer, rows, prompt, conditions, {}, "word")]
     for level in conditions.levels if conditions.depth_shares and conditions.protocols else ():
         parts.append(_answers(model, tokenizer, rows, prompt, conditions, shares, level))

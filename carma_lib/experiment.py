@@ -276,8 +276,7 @@ def run_parallel(function: Callable[..., Result], arguments: Sequence[tuple], *,
             pending: set = set(futures)
             while pending:
                 finished, pending = wait(pending, timeout=1, return_when=FIRST_EXCEPTION)
-                bar.n = done() if done else len(futures) - len(pending)
-                bar.refresh()
+                bar.update((done() if done else len(futures) - len(pending)) - bar.n)
                 for future in finished:
                     future.result()
         except BaseException:

@@ -77,7 +77,9 @@ def small_model(family: str, tokenizer: PreTrainedTokenizerFast, *, layers: int 
     tokens = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
               "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     if family == "gpt2":
-        shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": max_length}
+        # the fused form of GPT-2's own activation, and no attention dropout, which has no fast path on a CPU
+        shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": max_length,
+                 "activation_function": "gelu_pytorch_tanh", "attn_pdrop": 0.0}
     else:
         shape = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
                  "num_key_value_heads": heads, "intermediate_size": 4 * width, "head_dim": width // heads,

@@ -82,3 +82,11 @@ def test_phrases_hold_the_spaces_inside_them():
 def test_bad_spans(spans, message):
     with pytest.raises(ValueError, match=message):
         constituent_ids([(0, 1)], spans, "abcd")
+
+
+def test_a_lone_space_belongs_to_the_phrase_around_it_and_to_no_word():
+    text = "a gem of wit"
+    offsets = [(0, 0), (0, 1), (1, 2), (2, 5), (5, 6), (6, 8), (9, 9), (9, 12), (0, 0)]  # one space kept, one trimmed
+    phrases = [(0, 5), (6, 12)]
+    assert constituent_ids(offsets, phrases, text) == [-1, 0, 0, 0, -1, 1, 1, 1, -1]
+    assert constituent_ids(offsets, word_spans(text), text) == [-1, 0, -1, 1, -1, 2, -1, 3, -1]

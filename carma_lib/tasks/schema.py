@@ -64,9 +64,11 @@ def save_rows(folder: Path, rows: TaskRows, *, task: str, parameters: dict[str, 
         "made_with": {"python": platform.python_version(), "datasets": datasets.__version__},
         "rules_version": RULES_VERSION,
     }
+    datasets.disable_progress_bars()  # written in a second; a bar for each split would only be noise
     with whole_folder(folder) as temporary:
         dataset.save_to_disk(str(temporary))
         write_json(temporary / "card.json", card)
+    datasets.enable_progress_bars()
 
 
 def read_card(folder: Path) -> dict[str, Any]:
