@@ -209,7 +209,8 @@ def _fits(candidate: Lemma, lemma: Lemma) -> bool:
     """
     name = candidate.name()
     if candidate.synset().pos() == "n":
-        return not (name.endswith("ing") and lemmas_of(name, "v")) and lemmas_of(name, "n") == (name,)
+        gerund = name.endswith("ing") and lemmas_of(name, "v") != (name,)
+        return not gerund and lemmas_of(name, "n") == (name,)
     return (set(lemma.frame_ids()) <= set(candidate.frame_ids())
             and candidate.syntactic_marker() == lemma.syntactic_marker())
 

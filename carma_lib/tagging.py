@@ -32,7 +32,7 @@ def tagged_words(text: str) -> tuple[Word, ...]:
     """The words and punctuation marks of a text with their Penn tags in context (TextBlob's PatternTagger).
 
     A capitalised word is a name (NNP), unless it opens a sentence and no capital follows it. One that does is
-    tagged in lower case; it is a name if the tagger knows it as one and else as a noun or verb (Rose, not Old).
+    tagged in lower case; a name if the tagger knows it as one, and else as a noun or verb (Rose, not Old).
     """
     from textblob.en import lexicon
 

@@ -102,6 +102,8 @@ def plain_synonyms(word: str, letter: str) -> set[str]:
                 continue
             if letter == "n" and lemmas_of(candidate, "n") != (candidate,):
                 continue
+            if letter == "n" and candidate.endswith("ing") and lemmas_of(candidate, "v") != (candidate,):
+                continue
             share, other_share = share + own[name], other_share + other[name]
             uses, other_uses = uses + one.count(), other_uses + two.count()
         plain = candidate.isalpha() and candidate.islower() and len(candidate) > 2
@@ -116,7 +118,8 @@ def plain_synonyms(word: str, letter: str) -> set[str]:
     ("film", "n"), ("movie", "n"), ("story", "n"), ("act", "v"), ("move", "v"), ("buy", "v"), ("begin", "v"),
     ("big", "a"), ("huge", "a"), ("funny", "a"), ("often", "r"), ("usually", "r"), ("child", "n"),
     ("help", "v"),
-    ("wonderful", "a"), ("animal", "n"), ("allow", "v"), ("tragedy", "n")])
+    ("wonderful", "a"), ("animal", "n"), ("allow", "v"), ("tragedy", "n"),
+    ("rebellion", "n"), ("delivery", "n"), ("government", "n")])
 def test_synonyms_equal_plain_restatement(word, letter):
     assert sense_shares(word, letter) == pytest.approx(plain_shares(word, letter))
     assert set(synonyms(word, letter)) == plain_synonyms(word, letter)
@@ -128,6 +131,10 @@ def test_gate_keeps_sense_and_drops_nonsense():
     assert "move" not in synonyms("act", "v")
     assert "minor" not in synonyms("kid", "n"), "a rare word for a common one"
     assert "theatre" not in synonyms("theater", "n"), "another spelling"
+    assert "uprising" in synonyms("rebellion", "n") and "workout" in synonyms("exercise", "n")
+    assert "exercising" not in synonyms("exercise", "n", 0.0), "a verb's -ing form"
+    assert "bringing" not in synonyms("delivery", "n", 0.0), "a verb's -ing form"
+    assert "authorities" not in synonyms("government", "n", 0.0), "a plural"
     assert synonyms("zorblax", "n") == ()
     assert set(synonyms("funny", "a")) <= set(synonyms("funny", "a", 0.1))
 
