@@ -19,7 +19,7 @@ from carma_lib.files import fingerprint, whole_file
 from carma_lib.lexicon import lemmas_of, sense_counts, synonym_forms, wordnet
 from carma_lib.tagging import Word, fixed_words, is_content, tagged_words
 
-RULES = 1  # part of every cache key: raise it with any change of what is replaced by what
+RULES = 2  # part of every cache key: raise it with any change of what is replaced by what
 
 Source = Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
 """Where candidates come from: lower-case form → forms that can stand for it, or (form, Penn tag) → forms."""
