@@ -112,6 +112,7 @@ def test_only_the_configured_blocks_are_kept(family):
     ours = kept.take(7)
     assert [state is not None for state in ours] == [False, False, True, False, True]
     assert torch.equal(ours[2], states[2]) and torch.equal(ours[4], final[0])
+    model(ids)
     with kept.during(False):
         model(ids)
     assert kept._kept == {}
@@ -184,6 +185,8 @@ def test_accumulation_leaves_the_loss_as_it_is(tmp_path, make_rows):
     for accumulation in (2, 4):
         split = run(8 // accumulation, accumulation)
         assert losses(split) == pytest.approx(losses(whole), rel=1e-6)
+        for name in ("task_loss", "stability", "weighted_mutual_information"):
+            assert split.state.log_history[0][name] == pytest.approx(whole.state.log_history[0][name], rel=1e-5)
         torch.testing.assert_close(weights(split), weights(whole), rtol=1e-4, atol=1e-5)
 
 
@@ -215,6 +218,18 @@ def test_resumed_run_equals_the_unbroken_one(tmp_path):
     assert losses(resumed) == losses(unbroken) and torch.equal(weights(resumed), weights(unbroken))
     other = trained(tmp_path / "c", rows, carma=carma, **(settings | dict(seed=8)))
     assert losses(other) != losses(unbroken)
+
+
+def test_draws_of_negatives_depend_on_seed_step_and_micro_batch(tmp_path):
+    def draws(seed):
+        trainer = CarmaTrainer(
+            tiny_model("gpt2"), arguments(tmp_path, seed=seed, data_seed=1), carma=CARMA, processing_class=TOKENIZER
+        )
+        for trainer.state.global_step in (0, 0, 1, 1):
+            yield trainer._seeded_generator().initial_seed()
+
+    first, again, other = [list(draws(seed)) for seed in (7, 7, 8)]
+    assert first == again and len({*first, *other}) == 8
 
 
 # memory savers, compilation, precision, adapters
@@ -316,6 +331,12 @@ def test_evaluation_with_labels_is_the_task_loss_alone(tmp_path):
     with torch.no_grad():
         assert metrics["eval_loss"] == pytest.approx(trainer.model.eval()(**batch).loss.item(), rel=1e-5)
     assert "eval_accuracy" not in metrics
+    shapes = []
+    own = CarmaTrainer(
+        trainer.model, arguments(tmp_path), carma=CARMA, eval_dataset=rows, processing_class=TOKENIZER,
+        compute_metrics=lambda prediction: {"width": shapes.append(prediction.predictions.shape) or 1},
+    )
+    assert own.evaluate()["eval_width"] == 1 and shapes == [(4, batch["input_ids"].shape[1], 300)]
 
 
 def test_logits_only_where_they_are_read(tmp_path):
