@@ -48,7 +48,8 @@ def primary_comparisons(results: pd.DataFrame, plan: list[dict], *, confidence: 
     Columns: name, kind, metric, method, baseline, the filters, margin, method_estimate, baseline_estimate,
     estimate (method minus baseline in shares, or the ratio of the two CVs), low, high (`crossed_interval`;
     Pitman and Morgan's for a ratio), p, holm_p, bootstrap_low, bootstrap_high (`bootstrap_interval`),
-    effect_size (`hedges_g`), standard_error, seed_deviation (of the paired differences), n_items, n_seeds,
+    effect_size (`hedges_g`), standard_error, seed_deviation (of the paired differences), n_items (in either
+    method's denominator), n_seeds,
     outcome ('shown', 'the opposite shown', 'open' or 'not tested', of the claim that the method is better, no
     worse or steadier), verdict (the same in words), note. A claim that cannot be tested has empty numbers and
     its reason in note.
@@ -70,7 +71,8 @@ def _compare(results: pd.DataFrame, claim: dict, confidence: float) -> dict:
     where = {name: claim[name] for name in FILTER_COLUMNS if name in claim}
     try:
         first, second, notes = pair(results, claim["metric"], claim["method"], claim["baseline"], where)
-        line |= {"n_items": len(first.items), "n_seeds": len(first.seeds)}
+        counted = (first.denominator > 0) | (second.denominator > 0)
+        line |= {"n_items": int(counted.any(axis=0).sum()), "n_seeds": len(first.seeds)}
         values = first.values.mean(axis=1), second.values.mean(axis=1)
         if claim["kind"] == "cv ratio":
             found = cv_ratio_test(*values, confidence=confidence)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import statsmodels.api as sm
 from scipy import stats
+from scipy.special import gamma
 
 from carma_lib.intervals import critical_value, crossed_interval, tail_probability
 from carma_lib.statistics import (CELL_COLUMNS, CONDITION_COLUMNS, METRICS, RUN_COLUMNS, Crossed, cells,
@@ -209,10 +210,17 @@ def cv_ratio_test(first: np.ndarray, second: np.ndarray, *, confidence: float = 
 
 
 def hedges_g(differences: np.ndarray) -> float:
-    """Mean over standard deviation of n seeds' paired differences, times 1 - 3 / (4 (n - 1) - 1)."""
-    n = len(differences)
-    deviation = np.std(differences, ddof=1) if n > 1 else 0.0
-    return float(np.mean(differences) / deviation * (1 - 3 / (4 * n - 5))) if deviation > 1e-12 else np.nan
+    """Mean over standard deviation of n seeds' paired differences, with Hedges' correction for small samples.
+
+    The factor is Γ(d / 2) / (√(d / 2) Γ((d - 1) / 2)) with d = n - 1; NaN for fewer than three seeds or no
+    spread.
+    """
+    freedom = len(differences) - 1
+    deviation = np.std(differences, ddof=1) if freedom > 1 else 0.0
+    if deviation < 1e-12:
+        return np.nan
+    return float(np.mean(differences) / deviation * gamma(freedom / 2) / gamma((freedom - 1) / 2)
+                 / np.sqrt(freedom / 2))
 
 
 def mcnemar(results: pd.DataFrame, method: str, baseline: str, where: dict | None = None) -> pd.DataFrame:

@@ -31,6 +31,10 @@ ROWS_SHOWN = 60
 _CODE = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]*`)", re.S)
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)", re.S)
 
+_REMOTE_IMAGE = re.compile(r"!\[([^\]]*)\]\(https?:[^)]*\)")
+#: What matplotlib does not know and can do without.
+_SIZES = re.compile(r"\\[bB]igg?[lrm]?(?![a-zA-Z])")
+
 
 def write_report(run_dir: str | os.PathLike, *, notebooks: Iterable[str | os.PathLike], title: str) -> Path:
     """Write report.html into the run folder from its tables/, figures/ and the executed notebooks; its path.
@@ -84,13 +88,15 @@ def _table(path: Path) -> dict:
 
 
 def _notebook(path: Path, number: int) -> dict:
-    """An executed notebook as a fragment of HTML with its pictures inside."""
+    """An executed notebook as HTML: pictures inside, remote ones as their text, no progress bars (stderr)."""
     if not path.is_file():
         raise FileNotFoundError(f"no notebook at {path}; the report is made from executed copies")
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = formulas_to_pictures(cell.source)
+            cell.source = formulas_to_pictures(_REMOTE_IMAGE.sub(r"\1", cell.source))
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     exporter = HTMLExporter(template_name=TEMPLATE.name, extra_template_basedirs=[str(TEMPLATE.parent)],
                             embed_images=True, exclude_anchor_links=True)
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(path.parent)}})
@@ -104,7 +110,7 @@ def formulas_to_pictures(markdown: str) -> str:
 
 
 def _formula(match: re.Match) -> str:
-    display, source = match[1] is not None, " ".join((match[1] or match[2]).split())
+    display, source = match[1] is not None, _SIZES.sub("", " ".join((match[1] or match[2]).split()))
     picture = io.BytesIO()
     try:
         depth = math_to_image(f"${source}$", picture, format="svg", prop=FontProperties(size=12))

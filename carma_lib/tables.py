@@ -12,6 +12,8 @@ from carma_lib.results import METHOD_LABELS
 from carma_lib.statistics import METRICS, RUN_COLUMNS, coefficient_of_variation, summarise
 
 _VALUES = ("accuracy", "cv_accuracy", "consist_syn", "cv_consist_syn")
+#: The subjects that the answer speaks of before all others.
+_FIRST = ("accuracy", "non-inferiority", "consist_syn", "cv ratio")
 _HEADINGS = {"accuracy": "accuracy", "cv_accuracy": "CV of accuracy", "consist_syn": "ConsistSyn",
              "cv_consist_syn": "CV of ConsistSyn"}
 
@@ -169,8 +171,8 @@ def answer(comparisons: pd.DataFrame) -> list[tuple[str, int | None]]:
     """Up to five sentences and, for each, the row of the claim it rests on (None: the whole table).
 
     First how many claims were shown, then one sentence a claim: the first of each subject (a metric's
-    difference, non-inferiority, spread) in the plan's order, then the rest. The verdicts say what was
-    shown, also where that is nothing.
+    difference, non-inferiority, spread), those of `_FIRST` before others, then the rest, in the plan's
+    order. The verdicts say what was shown, also where that is nothing.
     """
     rows = comparisons.fillna({"note": ""}).to_dict("records")
     tested = [row for row in rows if row["outcome"] != "not tested"]
@@ -186,6 +188,7 @@ def answer(comparisons: pd.DataFrame) -> list[tuple[str, int | None]]:
              f"{', '.join(parts)}{extent}.")
     subjects = [row["metric"] if row["kind"] == "difference" else row["kind"] for row in rows]
     leading = [place for place, subject in enumerate(subjects) if subject not in subjects[:place]]
+    leading.sort(key=lambda place: [*_FIRST, subjects[place]].index(subjects[place]))
     chosen = sorted((leading + [place for place in range(len(rows)) if place not in leading])[:4])
     return [(first, None), *((_sentence(rows[place]), place) for place in chosen)]
 

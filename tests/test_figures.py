@@ -103,6 +103,9 @@ def test_forest_plot_fills_what_survives_correction_and_leaves_out_what_was_not_
     fills = [to_hex(line.get_markerfacecolor()) for panel in axes for line in panel.lines
              if line.get_marker() == "s"]
     assert fills == [figures.METHOD_COLOURS["carma"], "#ffffff", figures.METHOD_COLOURS["carma"], "#ffffff"]
+    marks = [line for line in axes[0].lines if line.get_marker() == "s"]
+    expected = (100 * table["estimate"][[2, 1, 0]]).tolist()
+    assert [mark.get_xdata()[0] for mark in marks] == pytest.approx(expected)
     untested = table.assign(estimate=[np.nan, 0.1, 0.1, np.nan])
     assert len(figures.forest_plot(untested).axes) == 1
     with pytest.raises(ValueError, match="no claim of the table could be tested"):

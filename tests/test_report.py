@@ -108,6 +108,18 @@ def test_answer_is_right_for_better_equal_and_worse(effect, accuracy, count, tmp
         assert ("not shown that" in sentences[2][0]) == (effect <= 0)
 
 
+def test_claims_in_a_readers_units():
+    comparisons = made_comparisons(1.0)
+    headings, rows = tables.claim_rows(comparisons)
+    first, spread = comparisons.iloc[0], comparisons.iloc[3]
+    points = [f"{100 * first[name]:+.1f}".replace("-", "−") for name in ("estimate", "low", "high")]
+    assert rows[0][1] == f"{100 * first['method_estimate']:.1f} %"
+    assert rows[0][3:5] == [points[0], f"{points[1]} to {points[2]}"]
+    assert rows[3][3:5] == [f"{spread['estimate']:.2f}", f"{spread['low']:.2f} to {spread['high']:.2f}"]
+    assert rows[4][1:7] == [""] * 6 and rows[4][-1].startswith("not tested (no rows of r_drop")
+    assert {len(row) for row in rows} == {len(headings)}
+
+
 def test_answer_says_why_a_claim_was_not_tested():
     comparisons = made_comparisons(1.0).iloc[[4]].reset_index(drop=True)
     (first, _), (second, place) = tables.answer(comparisons)
@@ -129,7 +141,10 @@ def run_folder(tmp_path_factory):
         nbformat.v4.new_markdown_cell("# A <made> study\n\nWith $\\lambda = 0.2$ and `$x$`, for \\$5:\n\n"
                                       "$$L = (1 - \\lambda) L_\\mathrm{task} + \\lambda L_\\mathrm{CARMA}$$"),
         nbformat.v4.new_code_cell("import matplotlib.pyplot as plt\nplt.plot([1, 2])"),
-        nbformat.v4.new_code_cell("print('printed' + '_text')")])
+        nbformat.v4.new_code_cell("import sys\nprint('printed' + '_text')\n"
+                                  "print('a progress bar', file=sys.stderr)"),
+        nbformat.v4.new_markdown_cell("[![a badge](https://example.org/badge.svg)]"
+                                      "(https://example.org/notebook)")])
     (folder / "notebooks").mkdir()
     NotebookClient(notebook, kernel_name="python3", timeout=300).execute()
     nbformat.write(notebook, folder / "notebooks" / "01_made.ipynb")
@@ -160,8 +175,12 @@ def test_report_stands_alone_and_every_link_has_its_target(run_folder):
     assert page.sources and all(source.startswith("data:image/") for source in page.sources)
     assert "script" not in page.tags and "link" not in page.tags and "@import" not in text
     assert len(page.ids) == len(set(page.ids))
-    assert page.links and all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    inside = [link for link in page.links if link != "https://example.org/notebook"]
+    assert len(inside) == len(page.links) - 1
+    assert all(link[0] == "#" and link[1:] in page.ids for link in inside)
     assert [f"#claim-{number}" in page.links for number in (1, 2, 3, 4)] == [True] * 4
+    assert "¶" not in text and ">a badge</a>" in text
+    assert "a progress bar" not in re.sub(r"<details class=\"code\">.*?</details>", "", text, flags=re.S)
     assert "A &lt;run&gt;" in text and "printed_text" in text and "a&lt;b" in text
     assert "100 rows, the first 60 shown" in text
     code = re.search(r"<details class=\"code\">.*?</details>", text, re.S)[0]
@@ -179,4 +198,5 @@ def test_formulas_become_pictures_and_code_stays():
     text = formulas_to_pictures("a $x^2$ b `$y$` costs \\$5 and \\$6\n```\n$z$\n```\n"
                                 "$$\\frac{a}{b}$$ $\\unknowable{x}$")
     assert text.count("<img") == 2 and 'alt="x^2"' in text and 'class="equation" alt="\\frac{a}{b}"' in text
+    assert "<img" in formulas_to_pictures(r"$\bigl(x\bigr)$")
     assert "`$y$`" in text and "$z$" in text and "\\$5 and \\$6" in text and "`\\unknowable{x}`" in text

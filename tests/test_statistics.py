@@ -297,6 +297,7 @@ def test_cv_ratio_against_scipy_permutation():
         assert stats.pearsonr(one + limit * two, one - limit * two).pvalue == pytest.approx(0.05)
     first, second = 0.6 + 0.02 * np.random.default_rng(0).normal(size=(2, 20)) * [[0.3], [1]]
     assert inference.cv_ratio_test(first, second).p < 0.01
+    assert inference.cv_ratio_test(first, second, draws=20).p >= 1 / 20   # the observed order is among them
 
 
 def test_cv_ratio_says_what_few_seeds_can_show():
@@ -330,6 +331,13 @@ def test_logistic_model_against_gee_and_odds(results):
         inference.logistic_model(rows.assign(correct=True), baseline="fine_tuning")
     with pytest.raises(ValueError, match="one task"):
         inference.logistic_model(pd.concat([rows, rows.assign(task="b")]), baseline="fine_tuning")
+
+
+def test_hedges_g_by_hand():
+    # Hedges' exact factor for four degrees of freedom is 0.7979; two seeds have none.
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert inference.hedges_g(values) == pytest.approx(3 / np.sqrt(2.5) * 0.7979, rel=1e-4)
+    assert np.isnan(inference.hedges_g(values[:2])) and np.isnan(inference.hedges_g(np.ones(5)))
 
 
 def test_holm_against_statsmodels():
@@ -393,6 +401,19 @@ def test_methods_missing_in_some_seeds_or_altogether_are_told(results):
     never = primary_comparisons(results.assign(correct=False), PLAN).set_index("name")
     assert "no item answered right" in never.loc["ConsistSyn", "note"]
     assert never.loc["accuracy", "verdict"] == "no difference shown"
+
+
+def test_only_common_items_are_compared(results):
+    clean = results[results["condition"] == "clean"]
+    gone = (clean["method"] == "carma") & clean["item_id"].str[-1].isin(["3", "7"])
+    partial = clean[~gone].sample(frac=1, random_state=0)
+    line = primary_comparisons(partial, PLAN[:1]).iloc[0]
+    shares = clean[~clean["item_id"].str[-1].isin(["3", "7"])].groupby("method")["correct"].mean()
+    assert line["n_items"] == 64 and "16 items of fine_tuning left out" in line["note"]
+    assert line["estimate"] == pytest.approx(shares["carma"] - shares["fine_tuning"])
+    # Two methods' items are paired by name, not by place: the difference's error is that of the sorted table.
+    ordered = primary_comparisons(partial.sort_values("item_id"), PLAN[:1]).iloc[0]
+    assert line["standard_error"] == pytest.approx(ordered["standard_error"])
 
 
 @pytest.mark.parametrize("claim, message", [
