@@ -141,6 +141,13 @@ def make_start(run_dir: Path, cell: Cell, settings: Settings) -> Path:
     return folder
 
 
+def make_starts(run_dir: Path, cells: Iterable[Cell], settings: Settings) -> list[Path]:
+    """`make_start` for each untuned cell, with a progress bar."""
+    _quiet()
+    return [make_start(run_dir, cell, settings)
+            for cell in tqdm(list(cells), desc="starting models", unit="model", mininterval=1, delay=2)]
+
+
 def _small_tokenizer(run_dir: Path, task: str, settings: Settings) -> PreTrainedTokenizerFast:
     rows = load_task(run_dir / "data" / task)
     prompt = task_prompt(task, settings.family, settings.start)
@@ -229,8 +236,7 @@ def train_cells(run_dir: Path, cells: Iterable[Cell], settings: Settings, *, wor
     """
     cells = list(cells)
     starts = sorted({Cell(cell.task, "untuned", cell.seed) for cell in cells})
-    for start in tqdm(starts, desc="starting models", unit="model", mininterval=1):
-        make_start(run_dir, start, settings)
+    make_starts(run_dir, starts, settings)
     open_cells = [cell for cell in cells if cell not in starts and not is_done(run_dir, cell, settings)]
     for task in dict.fromkeys(cell.task for cell in open_cells):  # once, so that workers find it in the cache
         start = next(cell for cell in starts if cell.task == task)

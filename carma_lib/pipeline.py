@@ -284,7 +284,8 @@ def _run_one(plan: Plan, notebook: Notebook, status: dict[str, Any]) -> None:
             papermill.execute_notebook(
                 str(notebook.path), str(temporary), parameters=plan.parameters[notebook.name],
                 kernel_name="python3", cwd=str(notebook.path.parent.parent), progress_bar=True,
-                stdout_file=sys.stdout, stderr_file=sys.stderr, execution_timeout=notebook.cell_seconds)
+                stdout_file=sys.stdout, stderr_file=sys.stderr, execution_timeout=notebook.cell_seconds,
+                config=_kernel_config())
         except BaseException as error:
             tidy_notebook(temporary)
             temporary.replace(failed)
@@ -303,6 +304,13 @@ def _run_one(plan: Plan, notebook: Notebook, status: dict[str, Any]) -> None:
     record("done")
 
 
+def _kernel_config() -> Any:
+    """Kernels talk over local sockets where there are such: no open port, and no warning about one."""
+    from traitlets.config import Config
+
+    return Config({"KernelManager": {"transport": "ipc" if os.name == "posix" else "tcp"}})
+
+
 def _failure(error: BaseException, notebook: Notebook, out_of_time: bool, cell_timeout: bool) -> tuple[str, str]:
     """Where and why a notebook stopped, each in a few words."""
     import papermill
@@ -312,7 +320,7 @@ def _failure(error: BaseException, notebook: Notebook, out_of_time: bool, cell_t
     if cell_timeout:
         return "cell time", f"a cell ran longer than {notebook.cell_seconds} s; raise cell_seconds in {MANIFEST}"
     if isinstance(error, papermill.PapermillExecutionError):
-        return f"cell {error.cell_index}", f"{error.ename}: {error.evalue}"
+        return f"cell [{error.exec_count}]", f"{error.ename}: {error.evalue}"
     return "while running", f"{type(error).__name__}: {error}"
 
 

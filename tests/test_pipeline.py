@@ -1,0 +1,236 @@
+"""The runner: the manifest against the notebooks, what is refused before a cell runs, and how a run can stop.
+
+Small notebooks written here run through the real papermill; the project's own run in test_notebooks.py.
+"""
+import json
+import os
+import shutil
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from carma_lib import pipeline
+from carma_lib.__main__ import main
+from carma_lib.files import read_json, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def committed():
+    return sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_manifest_lists_every_notebook_in_order():
+    notebooks, profiles = pipeline.read_manifest(ROOT)
+    assert [notebook.path for notebook in notebooks] == committed()
+    assert {"ci", "default", "sst"} <= set(profiles)
+
+
+@pytest.mark.parametrize("profile", list(pipeline.read_manifest(ROOT)[1]))
+def test_every_profile_makes_a_plan(profile):
+    plan = pipeline.make_plan(profile, root=ROOT)
+    assert plan.notebooks and "will run" in pipeline.describe(plan, resume=False)
+
+
+@pytest.mark.parametrize("path", committed(), ids=lambda path: path.stem)
+def test_committed_notebook(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "one run, from top to bottom"
+    assert not any(output.output_type in ("error", "stderr") for cell in code for output in cell.outputs)
+    assert "widgets" not in notebook.metadata
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert not any("injected-parameters" in cell.metadata.get("tags", []) for cell in code)
+    assert not any(line.startswith("class ") for cell in code for line in cell.source.split("\n"))
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    address = repository.removeprefix("https://github.com/")
+    sources = "\n".join(cell.source for cell in notebook.cells)
+    assert f"colab.research.google.com/github/{address}/blob/main/notebooks/{path.name}" in sources
+    assert f"git clone --quiet --depth 1 {repository}\n" in sources
+
+
+def test_readme_badges_use_the_one_address():
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    readme, address = (ROOT / "README.md").read_text(), repository.removeprefix("https://github.com/")
+    for path in committed():
+        assert f"colab.research.google.com/github/{address}/blob/main/notebooks/{path.name}" in readme
+
+
+# --- a small project of two notebooks -------------------------------------------------------------------------
+
+FIRST = ["steps: int = 2  # how many\nrate: float = 0.5  # of words\nrun_dir: str = 'runs/default'  # where",
+         "from pathlib import Path\nfrom carma_lib.pipeline import run_folder\nrun = run_folder(run_dir)",
+         "print('made', steps, 'of', rate)\n(run / 'made.txt').write_text(str(steps))"]
+SECOND = ["run_dir: str = 'runs/default'  # where\nfail: bool = False  # raise\nseconds: int = 0  # to sleep",
+          "import time\nfrom carma_lib.pipeline import run_folder\nrun = run_folder(run_dir)\ntime.sleep(seconds)",
+          "if fail:\n    raise ValueError('no such thing; use another')\n(run / 'end.txt').write_text('end')"]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    for name, sources in (("01_first", FIRST), ("02_second", SECOND)):
+        cells = [nbformat.v4.new_code_cell(source) for source in sources]
+        cells[0].metadata["tags"] = ["parameters"]
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "notebooks" / f"{name}.ipynb")
+    write_manifest(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_manifest(root, cell_seconds=60, total_seconds=60, **profiles):
+    entries = [{"name": "01_first", "needs": [], "makes": ["made.txt"]},
+               {"name": "02_second", "needs": ["made.txt"], "makes": ["end.txt"]}]
+    for entry in entries:
+        entry.update(cell_seconds=cell_seconds, total_seconds=total_seconds)
+    (root / "nbs_ci.yml").write_text(yaml.safe_dump({"notebooks": entries, "profiles": {"default": None, **profiles}}))
+
+
+def test_run_resume_and_publish(project, capsys):
+    before = {path.name: path.read_bytes() for path in (project / "notebooks").iterdir()}
+    assert main(["run"]) == 0
+    report = capsys.readouterr().out.strip().split("\n")[-1]
+    assert report == str(project / "runs" / "default" / "report.html") and Path(report).stat().st_size > 1000
+    run = project / "runs" / "default"
+    assert (run / "made.txt").read_text() == "2" and not (run / "lock").exists()
+    assert {path.name: path.read_bytes() for path in (project / "notebooks").iterdir()} == before, "checkout is clean"
+    states = {name: entry["state"] for name, entry in read_json(run / "status.json")["notebooks"].items()}
+    assert states == {"01_first": "done", "02_second": "done"}
+
+    assert main(["run"]) == 1
+    assert "already holds a run; add --resume" in capsys.readouterr().err
+    (run / "end.txt").unlink()
+    assert main(["run", "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert "01_first: done before, skipped" in out and "02_second: done in" in out
+
+    assert main(["publish"]) == 0
+    published = nbformat.read(project / "notebooks" / "01_first.ipynb", as_version=4)
+    assert published.cells[2].outputs[0].text == "made 2 of 0.5\n"
+    assert [cell.execution_count for cell in published.cells] == [1, 2, 3]
+    assert set(published.metadata) <= {"kernelspec", "language_info"}
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--profile", "nowhere"], "unknown profile 'nowhere'; nbs_ci.yml has default"),
+    (["--set", "stepps=3"], "no notebook has the parameter 'stepps'; there are fail, rate, run_dir, seconds, steps"),
+    (["--set", "02_second.steps=3"], "no notebook has the parameter '02_second.steps'"),
+    (["--set", "steps=many"], "01_first: 'steps' takes int, such as 2, not 'many'"),
+    (["--set", "fail=1"], "02_second: 'fail' takes bool, such as False, not 1"),
+    (["--set", "steps"], "--set takes NAME=VALUE, not 'steps'"),
+])
+def test_refused_before_a_cell_runs(project, capsys, arguments, message):
+    assert main(["run", *arguments]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error and error.count("\n") == 0
+    assert not (project / "runs").exists()
+
+
+def test_an_integer_will_do_for_a_float(project):
+    plan = pipeline.make_plan("default", settings={"rate": "1"}, root=project)
+    assert plan.parameters["01_first"]["rate"] == 1
+
+
+@pytest.mark.parametrize("damage", [
+    lambda manifest: manifest["profiles"].update(default={"03_third": {}}),
+    lambda manifest: manifest["profiles"].update(default={"01_first": {"stepps": 1}}),
+    lambda manifest: manifest["notebooks"].append({**manifest["notebooks"][0], "name": "09_lost"}),
+    lambda manifest: manifest.pop("notebooks"),
+])
+def test_a_wrong_manifest_is_refused(project, capsys, damage):
+    manifest = yaml.safe_load((project / "nbs_ci.yml").read_text())
+    damage(manifest)
+    (project / "nbs_ci.yml").write_text(yaml.safe_dump(manifest))
+    assert main(["run"]) == 1
+    assert capsys.readouterr().err.startswith("carma_lib: ")
+
+
+def test_dry_run_does_nothing(project, capsys):
+    assert main(["run", "--dry-run", "--set", "steps=7"]) == 0
+    out = capsys.readouterr().out
+    assert "steps = 7" in out and "needs made.txt; makes end.txt" in out and not (project / "runs").exists()
+
+
+def test_first_failure_stops_with_cell_and_error_then_resumes(project, capsys):
+    write_manifest(project, broken={"02_second": {"fail": True}})
+    assert main(["run", "--profile", "broken"]) == 1
+    error = capsys.readouterr().err
+    assert "02_second, cell [4]: ValueError: no such thing; use another" in error
+    run = project / "runs" / "broken"
+    assert (run / "notebooks" / "02_second.failed.ipynb").is_file()
+    assert not (run / "notebooks" / "02_second.ipynb").exists() and not (run / "report.html").exists()
+    assert read_json(run / "status.json")["notebooks"]["02_second"]["state"] == "failed"
+    assert main(["run", "--profile", "broken", "--resume", "--set", "fail=False"]) == 1
+    assert "other parameters (02_second: fail)" in capsys.readouterr().err
+    assert main(["run", "--profile", "broken", "--fresh", "--set", "fail=False"]) == 0
+    assert not (run / "notebooks" / "02_second.failed.ipynb").exists()
+
+
+def test_time_limits(project, capsys):
+    write_manifest(project, cell_seconds=2, slow={"02_second": {"seconds": 60}})
+    assert main(["run", "--profile", "slow"]) == 1
+    assert "02_second, cell time: a cell ran longer than 2 s" in capsys.readouterr().err
+    write_manifest(project, total_seconds=8, slow={"02_second": {"seconds": 60}})
+    assert main(["run", "--profile", "slow", "--fresh"]) == 1
+    assert "02_second, total time: not done after 8 s" in capsys.readouterr().err
+
+
+def test_a_notebook_must_make_what_it_says(project, capsys):
+    manifest = yaml.safe_load((project / "nbs_ci.yml").read_text())
+    manifest["notebooks"][0]["makes"] = ["something_else.txt"]
+    (project / "nbs_ci.yml").write_text(yaml.safe_dump(manifest))
+    assert main(["run"]) == 1
+    assert "01_first ran, but did not make something_else.txt" in capsys.readouterr().err
+
+
+def test_changed_code_is_not_taken_for_the_same(project, capsys):
+    assert main(["run"]) == 0
+    path = project / "notebooks" / "01_first.ipynb"
+    path.write_text(path.read_text().replace("'made'", "'built'"))
+    assert main(["run", "--resume"]) == 1
+    assert "another state of the code or notebooks (first: 01_first)" in capsys.readouterr().err
+    assert main(["publish"]) == 1
+    assert "has changed since the run" in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_left_alone(project, capsys):
+    run = project / "runs" / "default"
+    run.mkdir(parents=True)
+    (run / "lock").write_text(str(os.getpid()))
+    assert main(["run"]) == 1
+    assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+    (run / "lock").write_text("4194999")  # no such process: left by one that was killed
+    assert main(["run"]) == 0
+
+
+def test_progress_bars_and_widgets_are_tidied_away(tmp_path):
+    cell = nbformat.v4.new_code_cell("x", execution_count=1, outputs=[
+        nbformat.v4.new_output("stream", name="stderr", text="\r 10%"),
+        nbformat.v4.new_output("stream", name="stdout", text="a"),
+        nbformat.v4.new_output("stream", name="stdout", text="b\n"),
+        nbformat.v4.new_output("stream", name="stderr", text="a warning\n")])
+    cell.metadata.update(tags=["kept"], papermill={"duration": 1})
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {}, "papermill": {}})
+    nbformat.write(notebook, tmp_path / "a.ipynb")
+    pipeline.tidy_notebook(tmp_path / "a.ipynb")
+    tidied = json.loads((tmp_path / "a.ipynb").read_text())
+    assert tidied["metadata"] == {} and tidied["cells"][0]["metadata"] == {"tags": ["kept"]}
+    assert ["".join(output["text"]) for output in tidied["cells"][0]["outputs"]] == ["ab\n", "a warning\n"]
+
+
+def test_a_missing_notebook_is_refused(project):
+    shutil.rmtree(project / "notebooks")
+    assert main(["run"]) == 1
+
+
+def test_status_is_never_half_written(tmp_path, monkeypatch):
+    write_json(tmp_path / "status.json", {"state": "old"})
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        write_json(tmp_path / "status.json", {"state": "new"})
+    assert read_json(tmp_path / "status.json") == {"state": "old"}
