@@ -58,7 +58,7 @@ class Conditions:
             raise ValueError("batch_size must be at least 1, test_items at least 0")
 
 
-def test_rows(run_dir: Path, task: str, conditions: Conditions) -> dict[str, datasets.Dataset]:
+def evaluation_rows(run_dir: Path, task: str, conditions: Conditions) -> dict[str, datasets.Dataset]:
     """The splits to evaluate. `ValueError` for one that the task does not have."""
     rows = load_task(run_dir / "data" / task)
     splits = conditions.splits or tuple(name for name in rows if name.startswith("test"))
@@ -159,7 +159,7 @@ def evaluate_cell(run_dir: Path, cell: Cell, conditions: Conditions) -> Path:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = task_prompt(cell.task, model.config.model_type, facts["start"])
     parts = []
-    for split, rows in test_rows(run_dir, cell.task, conditions).items():
+    for split, rows in evaluation_rows(run_dir, cell.task, conditions).items():
         replaced = {rate: replaced_rows(rows, cell.task, rate=rate, seed=conditions.replacement_seed,
                                         cache_dir=run_dir / "cache") for rate in conditions.rates}
         parts.append(evaluate_model(model, tokenizer, rows, prompt=prompt, replaced=replaced,
@@ -175,7 +175,7 @@ def evaluate_cell(run_dir: Path, cell: Cell, conditions: Conditions) -> Path:
 def evaluate_cells(run_dir: Path, cells: Sequence[Cell], conditions: Conditions, *, workers: int = 1) -> Path:
     """Evaluate every cell in `workers` processes and write the whole table, `results.parquet`."""
     for task in dict.fromkeys(cell.task for cell in cells):  # once, so that workers find the texts in the cache
-        for rows in test_rows(run_dir, task, conditions).values():
+        for rows in evaluation_rows(run_dir, task, conditions).values():
             for rate in conditions.rates:
                 replaced_rows(rows, task, rate=rate, seed=conditions.replacement_seed, cache_dir=run_dir / "cache")
     parts = run_parallel(evaluate_cell, [(run_dir, cell, conditions) for cell in cells], workers=workers,

@@ -1,0 +1,111 @@
+"""The project's own notebooks through papermill at CI scale, by the command a user types, broken off and gone on with."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from carma_lib.files import read_json
+from carma_lib.pipeline import read_manifest
+from carma_lib.results import read_results
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 900  # seconds until something must have happened
+
+
+def command(run_dir, *more):
+    return [sys.executable, "-m", "carma_lib", "run", "--profile", "ci", "--run-dir", str(run_dir), *more]
+
+
+def start(run_dir, *more):
+    return subprocess.Popen(command(run_dir, *more), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, start_new_session=True)
+
+
+def wait_for(condition, process):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.3)
+
+
+def of_this_run(run_dir):
+    """Processes that still have the run's folder in their environment or arguments."""
+    import psutil
+
+    return [each.pid for each in psutil.process_iter(["cmdline"])
+            if any(str(run_dir) in part for part in each.info["cmdline"] or [])]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    before = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+    done = subprocess.run(command(run_dir), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    after = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert before == after, "the checkout stays clean"
+    assert done.stdout.strip().split("\n")[-1] == str(run_dir / "report.html")
+    return run_dir
+
+
+def test_every_notebook_ran_and_made_what_it_says(unbroken):
+    status = read_json(unbroken / "status.json")["notebooks"]
+    for notebook in read_manifest(ROOT)[0]:
+        assert status[notebook.name]["state"] == "done"
+        assert all(any(unbroken.glob(pattern)) for pattern in notebook.makes)
+        assert (unbroken / "notebooks" / f"{notebook.name}.ipynb").is_file()
+
+
+def test_results_cover_the_design(unbroken):
+    results = read_results(unbroken)
+    assert set(results.task.unique()) == {"controlled_inverse_dictionary", "controlled_sentiment"}
+    assert set(results.method.unique()) == {"untuned", "fine_tuning", "carma"}
+    assert set(results.split.unique()) == {"test_seen", "test_held_out", "test_longer"}
+    assert results.groupby("method", observed=True).size().nunique() == 1
+
+
+def test_figures_and_tables_come_in_every_format(unbroken):
+    for png in (unbroken / "figures").glob("*.png"):
+        assert png.stat().st_size > 3000 and png.with_suffix(".svg").is_file() and png.with_suffix(".csv").is_file()
+    assert len(list((unbroken / "figures").glob("*.png"))) >= 10
+    assert (unbroken / "tables" / "primary_comparisons.tex").read_text().count("\\\\") > 10
+
+
+def test_report_stands_alone(unbroken):
+    page = (unbroken / "report.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in page and "<script src=" not in page and 'src="http' not in page.replace(
+        'src="https://colab.research.google.com/assets/colab-badge.svg', "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_interrupted_and_killed_run_resumed_gives_the_same_tables(unbroken, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir)
+    wait_for(lambda: any(run_dir.glob("models/*/carma/seed-*/cell.json")), process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output[-2000:]
+    assert "interrupted; what is done is kept, --resume goes on from there" in output.strip().split("\n")[-1]
+    assert read_json(run_dir / "status.json")["notebooks"]["02_finetune"]["state"] == "interrupted"
+    assert not (run_dir / "report.html").exists() and not (run_dir / "notebooks" / "02_finetune.ipynb").exists()
+
+    process = start(run_dir, "--resume")
+    wait_for(lambda: any(run_dir.glob("parts/*/*/*.parquet")), process)
+    process.kill()
+    process.communicate()
+    assert not (run_dir / "results.parquet").exists()
+
+    done = subprocess.run(command(run_dir, "--resume"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "01_data_construction: done before, skipped" in done.stdout
+    pd.testing.assert_frame_equal(read_results(run_dir), read_results(unbroken))
+    for table in sorted((unbroken / "tables").glob("*.csv")):
+        assert (run_dir / "tables" / table.name).read_bytes() == table.read_bytes(), table.name
+    assert of_this_run(run_dir) == []
