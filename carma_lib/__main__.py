@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code."""
-    from carma_lib import pipeline
+    from carma_lib import manifest, pipeline
 
     options = build_parser().parse_args(arguments)
     try:
@@ -52,14 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
         for setting in options.settings:
             name, equals, value = setting.partition("=")
             if not equals:
-                raise pipeline.RunError(f"--set takes NAME=VALUE, not '{setting}'")
+                raise manifest.RunError(f"--set takes NAME=VALUE, not '{setting}'")
             settings[name] = value
-        plan = pipeline.make_plan(options.profile, run_dir=options.run_dir, settings=settings)
+        plan = manifest.make_plan(options.profile, run_dir=options.run_dir, settings=settings)
         if options.dry_run:
-            print(pipeline.describe(plan, resume=options.resume))
+            print(manifest.describe(plan, resume=options.resume))
             return 0
         report = pipeline.execute(plan, resume=options.resume, fresh=options.fresh)
-    except pipeline.RunError as error:
+    except manifest.RunError as error:
         print(f"carma_lib: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "carma_lib"
 ORDER = ["files", "losses", "constituents", "lexicon", "tagging", "tasks.schema", "tasks.sst", "tasks.wordnet",
          "tasks.controlled", "tasks.controlled_definitions", "tasks.controlled_opinions", "tasks", "perturbation",
          "perturbation_quality", "models", "collation", "training", "experiment", "pooling", "results", "evaluation",
-         "intervals", "statistics", "inference", "comparisons", "tables", "figures", "report", "pipeline", "__main__"]
+         "intervals", "statistics", "inference", "comparisons", "tables", "figures", "report", "manifest", "pipeline", "__main__"]
 KNOW_NO_FILES = ["losses", "pooling", "intervals", "statistics", "inference", "comparisons"]
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from carma_lib.files import read_json
-from carma_lib.pipeline import read_manifest
+from carma_lib.manifest import read_manifest
 from carma_lib.results import read_results
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import yaml
 
-from carma_lib import pipeline
+from carma_lib import manifest, pipeline
 from carma_lib.__main__ import main
 from carma_lib.files import read_json, write_json
 
@@ -24,15 +24,15 @@ def committed():
 
 
 def test_manifest_lists_every_notebook_in_order():
-    notebooks, profiles = pipeline.read_manifest(ROOT)
+    notebooks, profiles = manifest.read_manifest(ROOT)
     assert [notebook.path for notebook in notebooks] == committed()
     assert {"ci", "default", "sst"} <= set(profiles)
 
 
-@pytest.mark.parametrize("profile", list(pipeline.read_manifest(ROOT)[1]))
+@pytest.mark.parametrize("profile", list(manifest.read_manifest(ROOT)[1]))
 def test_every_profile_makes_a_plan(profile):
-    plan = pipeline.make_plan(profile, root=ROOT)
-    assert plan.notebooks and "will run" in pipeline.describe(plan, resume=False)
+    plan = manifest.make_plan(profile, root=ROOT)
+    assert plan.notebooks and "will run" in manifest.describe(plan, resume=False)
 
 
 @pytest.mark.parametrize("path", committed(), ids=lambda path: path.stem)
@@ -132,7 +132,7 @@ def test_refused_before_a_cell_runs(project, capsys, arguments, message):
 
 
 def test_an_integer_will_do_for_a_float(project):
-    plan = pipeline.make_plan("default", settings={"rate": "1"}, root=project)
+    plan = manifest.make_plan("default", settings={"rate": "1"}, root=project)
     assert plan.parameters["01_first"]["rate"] == 1
 
 
@@ -143,9 +143,9 @@ def test_an_integer_will_do_for_a_float(project):
     lambda manifest: manifest.pop("notebooks"),
 ])
 def test_a_wrong_manifest_is_refused(project, capsys, damage):
-    manifest = yaml.safe_load((project / "nbs_ci.yml").read_text())
-    damage(manifest)
-    (project / "nbs_ci.yml").write_text(yaml.safe_dump(manifest))
+    content = yaml.safe_load((project / "nbs_ci.yml").read_text())
+    damage(content)
+    (project / "nbs_ci.yml").write_text(yaml.safe_dump(content))
     assert main(["run"]) == 1
     assert capsys.readouterr().err.startswith("carma_lib: ")
 
@@ -181,9 +181,9 @@ def test_time_limits(project, capsys):
 
 
 def test_a_notebook_must_make_what_it_says(project, capsys):
-    manifest = yaml.safe_load((project / "nbs_ci.yml").read_text())
-    manifest["notebooks"][0]["makes"] = ["something_else.txt"]
-    (project / "nbs_ci.yml").write_text(yaml.safe_dump(manifest))
+    content = yaml.safe_load((project / "nbs_ci.yml").read_text())
+    content["notebooks"][0]["makes"] = ["something_else.txt"]
+    (project / "nbs_ci.yml").write_text(yaml.safe_dump(content))
     assert main(["run"]) == 1
     assert "01_first ran, but did not make something_else.txt" in capsys.readouterr().err
 
