@@ -6,7 +6,7 @@ exact match, no restriction to the task's labels).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Conditions:
 
     splits: of the task, every test split if empty. rates: shares of content words replaced; the clean run is
     always made. depth_shares: where pooling starts, as shares of depth. test_items: first so many of each
-    split, 0 for all. replacement_seed: one for all models, so that all read the same changed texts.
+    split, 0 for all; pooled_items: of these, the first so many are pooled too (the grid of layers, protocols
+    and levels costs more than all the rest), 0 for all. replacement_seed: one for all models, so that all read the same changed texts.
     """
 
     rates: tuple[float, ...] = (0.1, 0.25, 0.4)
@@ -43,6 +44,7 @@ class Conditions:
     levels: tuple[str, ...] = LEVELS
     splits: tuple[str, ...] = ()
     test_items: int = 0
+    pooled_items: int = 0
     replacement_seed: int = 0
     batch_size: int = 64
 
@@ -54,8 +56,8 @@ class Conditions:
         for name, known in (("protocols", PROTOCOLS), ("levels", LEVELS)):
             if unknown := set(getattr(self, name)) - set(known):
                 raise ValueError(f"unknown {name} {sorted(unknown)}; there are {', '.join(known)}")
-        if self.batch_size < 1 or self.test_items < 0:
-            raise ValueError("batch_size must be at least 1, test_items at least 0")
+        if self.batch_size < 1 or self.test_items < 0 or self.pooled_items < 0:
+            raise ValueError("batch_size must be at least 1, test_items and pooled_items at least 0")
 
 
 def evaluation_rows(run_dir: Path, task: str, conditions: Conditions) -> dict[str, datasets.Dataset]:
@@ -94,8 +96,9 @@ def evaluate_model(model: Any, tokenizer: Any, rows: datasets.Dataset, *, prompt
     layers = start_layers_from_depth(depth, conditions.depth_shares)
     shares = {layer: share for layer, share in zip(reversed(layers), reversed(conditions.depth_shares))}
     parts = [_answers(model, tokenizer, rows, prompt, conditions, {}, "word")]
+    pooled = rows.select(range(min(conditions.pooled_items or len(rows), len(rows))))
     for level in conditions.levels if conditions.depth_shares and conditions.protocols else ():
-        parts.append(_answers(model, tokenizer, rows, prompt, conditions, shares, level))
+        parts.append(_answers(model, tokenizer, pooled, prompt, conditions, shares, level))
     for rate, (texts, changed) in replaced.items():
         part = _answers(model, tokenizer, texts, prompt, conditions, {}, "word")
         parts.append(part.assign(condition="replaced", rate=rate, changed=changed))
@@ -133,7 +136,7 @@ def _answers(model: Any, tokenizer: Any, rows: datasets.Dataset, prompt: Prompt,
 
 
 def _score(logits: torch.Tensor, targets: torch.Tensor) -> pd.DataFrame:
-    """Prediction (token id), correctness, rank and log-probability of the target, from logits (batch, vocabulary)."""
+    """Prediction (token id) and its probability, correctness, rank and log-probability of the target, from logits."""
     if not torch.isfinite(logits).all():
         raise ValueError("the model's logits are not finite; it was not trained well, or its weights are damaged")
     log_probability = logits.float().log_softmax(-1)
@@ -141,17 +144,23 @@ def _score(logits: torch.Tensor, targets: torch.Tensor) -> pd.DataFrame:
     prediction = log_probability.argmax(-1)
     return pd.DataFrame({
         "prediction": prediction.cpu().numpy(), "correct": (prediction == targets).cpu().numpy(),
+        "prediction_probability": log_probability.amax(-1).double().exp().cpu().numpy(),
         "rank": (1 + (log_probability > of_target).sum(-1)).cpu().numpy(),
         "log_probability": of_target[:, 0].double().cpu().numpy()})
 
 
 def evaluate_cell(run_dir: Path, cell: Cell, conditions: Conditions) -> Path:
-    """Evaluate one trained cell on the task's test splits; its part of the table, kept if already made."""
+    """Evaluate one cell on the task's test splits; its part of the table, kept if already made.
+
+    An untuned model of random weights is asked the unchanged items only.
+    """
     folder = run_dir / "models" / cell.place
     facts = read_json(folder / "cell.json")
     if facts is None:
         raise FileNotFoundError(f"no finished model in {folder}: run notebook 02 first")
-    mark = fingerprint(facts["mark"], conditions.__dict__)
+    if facts["start"] == "random" and not facts["budget"]:  # it knows no answer that it could keep
+        conditions = replace(conditions, rates=(), depth_shares=())
+    mark = fingerprint(facts["mark"], asdict(conditions))
     path = run_dir / "parts" / cell.place.with_suffix(f".{mark}.parquet")
     if path.is_file():
         return path
@@ -168,7 +177,7 @@ def evaluate_cell(run_dir: Path, cell: Cell, conditions: Conditions) -> Path:
         task=cell.task, method=cell.method, seed=cell.seed, model=facts["model"], budget=facts["budget"],
         start=facts["start"])
     frame["source"] = (frame["condition"] == "replaced").map({True: task_named(cell.task).synonyms, False: ""})
-    write_results(frame[list(RESULT_COLUMNS)], path)
+    write_results(frame[[*RESULT_COLUMNS, "prediction_probability"]], path)
     return path
 
 

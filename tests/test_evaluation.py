@@ -1,5 +1,7 @@
 """The long table against one row at a time, without padding, and what is refused."""
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from carma_lib.tasks import build_task
 TASK = "controlled_inverse_dictionary"
 CARMA = CarmaConfig(mi_layers=(0, 1), stability_layers=(0, 1))
 SETTINGS = Settings(carma=CARMA, layers=3, width=16, heads=2, vocabulary_size=400)
-CONDITIONS = Conditions(rates=(0.25, 0.4), depth_shares=(0.5, 1.0), protocols=("sum", "max"), test_items=12,
+CONDITIONS = Conditions(rates=(0.25, 0.4), depth_shares=(0.5, 1.0), protocols=("sum", "max"), test_items=12, pooled_items=7,
                         splits=("test_held_out", "test_longer"), batch_size=5)
 
 
@@ -27,7 +29,12 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     build_task(TASK, folder / "data" / TASK)
     for seed in (1, 2):
-        make_start(folder, Cell(TASK, "untuned", seed), SETTINGS)
+        cell = Cell(TASK, "untuned", seed)
+        make_start(folder, cell, SETTINGS)
+        trained = folder / "models" / Cell(TASK, "carma", seed).place  # as good as trained, for this table
+        shutil.copytree(folder / "models" / cell.place, trained)
+        facts = json.loads((trained / "cell.json").read_text())
+        (trained / "cell.json").write_text(json.dumps({**facts, "method": "carma", "budget": 9}))
     return folder
 
 
@@ -37,22 +44,21 @@ def results(run):
 
 
 def test_a_row_for_every_item_and_condition(results):
-    per_seed_and_split = 12 * (1 + 2 + 2 * 2 * 2)  # clean, two rates, start layers × protocols × levels
-    assert len(results) == 2 * 2 * per_seed_and_split
-    counts = results.groupby(["seed", "split", "condition"], observed=True).size()
-    assert counts.xs("clean", level="condition").eq(12).all()
-    assert counts.xs("replaced", level="condition").eq(24).all()
-    assert set(results.budget) == {0} and set(results.start.astype(str)) == {"random"}
+    counts = results.groupby(["method", "seed", "split", "condition"], observed=True).size()
+    assert counts.xs("clean", level="condition").eq(12).all() and len(counts) == 2 * 2 * (3 + 1)
+    assert counts["carma"].xs("replaced", level="condition").eq(2 * 12).all()
+    assert counts["carma"].xs("pooled", level="condition").eq(2 * 2 * 2 * 7).all(), "layers × protocols × levels × items"
+    assert set(results.budget) == {0, 9} and set(results.start.astype(str)) == {"random"}
     assert set(results[results.condition == "replaced"].source.astype(str)) == {"controlled"}
 
 
 @torch.no_grad()
 def test_clean_and_pooled_answers_equal_one_row_at_a_time(run, results):
-    model, tokenizer = load_model(str(run / "models" / Cell(TASK, "untuned", 2).place))
+    model, tokenizer = load_model(str(run / "models" / Cell(TASK, "carma", 2).place))
     model.eval()
     prompt = prompt_for("inverse_dictionary")
-    table = results[(results.seed == 2) & (results.split == "test_longer")].set_index("item_id")
-    rows = evaluation_rows(run, TASK, CONDITIONS)["test_longer"]
+    table = results[(results.method == "carma") & (results.seed == 2) & (results.split == "test_longer")].set_index("item_id")
+    rows = evaluation_rows(run, TASK, CONDITIONS)["test_longer"].select(range(7))
     for level in ("word", "phrase"):
         for row in encode(rows, tokenizer, prefix=prompt.prefix, suffix=prompt.suffix, level=level):
             ids = torch.tensor([row["input_ids"]])
@@ -77,14 +83,14 @@ def test_clean_and_pooled_answers_equal_one_row_at_a_time(run, results):
 def test_replaced_texts_count_their_changes_and_leave_the_target_out(run, results):
     for split, rows in evaluation_rows(run, TASK, CONDITIONS).items():
         changed, made = replaced_rows(rows, TASK, rate=0.4, seed=0, cache_dir=run / "cache")
-        table = results[(results.seed == 1) & (results.split == split) & (results.rate == 0.4)].set_index("item_id")
+        table = results[(results.method == "carma") & (results.seed == 1) & (results.split == split) & (results.rate == 0.4)].set_index("item_id")
         assert [table.loc[item].changed for item in rows["item_id"]] == made and sum(made) > 0
         for before, after, target, number in zip(rows["text"], changed["text"], rows["target"], made):
             assert (before != after) == (number > 0) and target not in after.lower().split()
 
 
 def test_evaluation_is_kept_and_other_conditions_are_not_taken_for_it(run, results):
-    cell = Cell(TASK, "untuned", 1)
+    cell = Cell(TASK, "carma", 1)
     path = evaluate_cell(run, cell, CONDITIONS)
     stamp = path.stat().st_mtime_ns
     assert evaluate_cell(run, cell, CONDITIONS).stat().st_mtime_ns == stamp
@@ -97,6 +103,7 @@ def test_score_by_hand():
     assert frame.prediction.tolist() == [1, 2] and frame.correct.tolist() == [False, True]
     assert frame["rank"].tolist() == [2, 1]
     expected = 2 - math.log(sum(math.exp(value) for value in (1, 3, 2)))
+    assert frame.prediction_probability[0] == pytest.approx(math.exp(expected + 1), abs=1e-6)
     assert frame.log_probability[0] == pytest.approx(expected, abs=1e-6)
     with pytest.raises(ValueError, match="not finite"):
         evaluation._score(torch.tensor([[float("nan"), 1.0]]), torch.tensor([0]))
