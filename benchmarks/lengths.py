@@ -1,7 +1,8 @@
 """How long real texts are, as counts without the texts, and batches of random tokens with those lengths.
 
-A row is a list of integers: n > 0 is a word of n tokens, 0 is one token outside any word, the prompt's included.
+A row is a list of integers: n > 0 is a word of n tokens, 0 is one token outside any word (or of the prompt).
 """
+
 from __future__ import annotations
 
 import json
@@ -22,8 +23,8 @@ VOCABULARIES = {"wordnet": 16000, "sst": 16000, "many_pieces": 3300}
 def write_lengths(path: Path) -> None:
     """Tokenize WordNet definitions and SST sentences, which must be on this machine, and write their counts.
 
-    The tokenizers are byte-level BPE trained on the definitions: 16,000 entries split about as many words as large
-    vocabularies do on general text, 3,300 split about a third (`many_pieces`, on definitions too).
+    The tokenizers are byte-level BPE trained on the definitions: 16,000 entries split about as many words as
+    large vocabularies do on general text, 3,300 split about a third (`many_pieces`, on definitions too).
     """
     from carma_lib.lexicon import definition_pairs
     from carma_lib.tasks.sst import load_trees
@@ -40,8 +41,10 @@ def write_lengths(path: Path) -> None:
         rows = [_shape(tokenizer, prefix, text, suffix) for text in texts[:ROWS]]
         words = [n for row in rows for n in row if n]
         tables[name] = {
-            "vocabulary": vocabulary, "mean_tokens": sum(max(n, 1) for row in rows for n in row) / len(rows),
-            "share_of_words_with_several_tokens": sum(n > 1 for n in words) / len(words), "rows": [" ".join(map(str, row)) for row in rows],
+            "vocabulary": vocabulary,
+            "mean_tokens": sum(max(n, 1) for row in rows for n in row) / len(rows),
+            "share_of_words_with_several_tokens": sum(n > 1 for n in words) / len(words),
+            "rows": [" ".join(map(str, row)) for row in rows],
         }
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(tables, indent=1) + "\n")
@@ -51,7 +54,8 @@ def read_lengths(path: Path) -> dict[str, dict]:
     """The tables that `write_lengths` wrote, rows as lists of integers."""
     tables = json.loads(path.read_text())
     return {
-        name: {**table, "rows": [[int(n) for n in row.split()] for row in table["rows"]]} for name, table in tables.items()
+        name: {**table, "rows": [[int(n) for n in row.split()] for row in table["rows"]]}
+        for name, table in tables.items()
     }
 
 
@@ -61,7 +65,9 @@ def batches(table: dict, size: int, count: int, vocab_size: int) -> list[dict[st
     starts = list(range(0, len(rows) - size + 1, size))
     chosen = [starts[i * (len(starts) - 1) // max(1, count - 1)] for i in range(count)]
     tokens = random.Random(0)
-    return [Collator(0)([_row(row, tokens, vocab_size) for row in rows[start:start + size]]) for start in chosen]
+    return [
+        Collator(0)([_row(row, tokens, vocab_size) for row in rows[start : start + size]]) for start in chosen
+    ]
 
 
 def _row(shape: list[int], tokens: random.Random, vocab_size: int) -> dict:

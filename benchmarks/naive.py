@@ -1,9 +1,10 @@
 """The published way of computing the terms, restated from the formula for comparison: a loop over every pair.
 
-As published: every item padded to a fixed length, logits at every position, negatives drawn one pair at a time and
-with replacement. `every_row=True` also applies the word spans of every item to every row of the batch, as the
-authors' code does; `every_row=False` uses each row's own, which is what the formula says.
+As published: every item padded to a fixed length, logits at every position, negatives drawn one pair at a
+time and with replacement. `every_row=True` also applies the word spans of every item to every row of the
+batch, as the authors' code does; `every_row=False` uses each row's own, which is what the formula says.
 """
+
 import random
 
 import torch
@@ -32,7 +33,8 @@ def naive_loss(model, batch: dict[str, torch.Tensor], carma: CarmaConfig, every_
     ids = batch["constituent_ids"].tolist()
     first, last = carma.mi_layers
     mutual_information = sum(
-        _layer_loss(outputs.hidden_states[layer + 1].float(), ids, carma, every_row) for layer in range(first, last + 1)
+        _layer_loss(outputs.hidden_states[layer + 1].float(), ids, carma, every_row)
+        for layer in range(first, last + 1)
     ) / (last - first + 1)
     first, last = carma.stability_layers
     stability = 0
@@ -43,7 +45,9 @@ def naive_loss(model, batch: dict[str, torch.Tensor], carma: CarmaConfig, every_
     return (1 - carma.carma_weight) * task_loss + carma.carma_weight * regulariser
 
 
-def _layer_loss(states: torch.Tensor, ids: list[list[int]], carma: CarmaConfig, every_row: bool) -> torch.Tensor:
+def _layer_loss(
+    states: torch.Tensor, ids: list[list[int]], carma: CarmaConfig, every_row: bool
+) -> torch.Tensor:
     costs = []
     for row in range(len(ids)):
         for spans_of in range(len(ids)) if every_row else [row]:
@@ -51,12 +55,14 @@ def _layer_loss(states: torch.Tensor, ids: list[list[int]], carma: CarmaConfig, 
                 inside = [token for token, owner in enumerate(ids[spans_of]) if owner == word]
                 outside = [token for token, owner in enumerate(ids[spans_of]) if owner != word]
                 for i, anchor in enumerate(inside):
-                    for positive in inside[i + 1:]:
+                    for positive in inside[i + 1 :]:
                         costs.append(_pair_loss(states[row], anchor, positive, outside, carma))
     return torch.stack(costs).mean() if costs else states.sum() * 0
 
 
-def _pair_loss(states: torch.Tensor, anchor: int, positive: int, outside: list[int], carma: CarmaConfig) -> torch.Tensor:
+def _pair_loss(
+    states: torch.Tensor, anchor: int, positive: int, outside: list[int], carma: CarmaConfig
+) -> torch.Tensor:
     similarity = F.cosine_similarity(states[anchor], states[positive], dim=0) / carma.temperature
     drawn = states[random.choices(outside, k=carma.num_negatives)]
     rivals = F.cosine_similarity(states[anchor].unsqueeze(0), drawn, dim=1) / carma.temperature

@@ -1,4 +1,5 @@
-"""The figure of a benchmark's report: the ratio to plain fine-tuning by batch size, time above, memory below."""
+"""The figure of a benchmark's report: time and memory as ratios to plain fine-tuning, by batch size."""
+
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -7,8 +8,11 @@ from carma_lib.figures import METHOD_COLOURS, METHOD_MARKERS
 from carma_lib.files import whole_file
 
 LABELS = {
-    "carma": "CARMA", "mutual_information_only": "mutual information only", "stability_only": "stability only",
-    "naive": "naive", "published": "published",
+    "carma": "CARMA",
+    "mutual_information_only": "mutual information only",
+    "stability_only": "stability only",
+    "naive": "naive",
+    "published": "published",
 }
 COLOURS = {**METHOD_COLOURS, "naive": "#555555", "published": "#999999"}
 MARKERS = {**METHOD_MARKERS, "naive": "x", "published": "+"}
@@ -20,7 +24,12 @@ def draw(report: dict, path: Path) -> None:
     with_memory = any("peak_ratio" in record for record in report["results"])
     rows = 2 if with_memory else 1
     figure, axes = plt.subplots(
-        rows, len(panels), figsize=(3.1 * len(panels) + 0.6, 2.6 * rows + 0.6), squeeze=False, sharey="row", layout="constrained"
+        rows,
+        len(panels),
+        figsize=(3.1 * len(panels) + 0.6, 2.6 * rows + 0.6),
+        squeeze=False,
+        sharey="row",
+        layout="constrained",
     )
     for column, panel in enumerate(panels):
         _panel(axes[0, column], report["results"], panel, "ratio")
@@ -43,7 +52,8 @@ def _panel(axes, results: list[dict], panel: tuple[str, str], value: str) -> Non
     axes.axhline(1, color="#7f7f7f", linewidth=1)
     for method, label in LABELS.items():
         points = [
-            record for record in results
+            record
+            for record in results
             if (record["model"], record["text"]) == panel and record["method"] == method and value in record
         ]
         if not points:
@@ -55,10 +65,18 @@ def _panel(axes, results: list[dict], panel: tuple[str, str], value: str) -> Non
                 [record["ratio_high"] - record["ratio"] for record in points],
             ]
         axes.errorbar(
-            [record["batch"] for record in points], [record[value] for record in points], yerr=spread, label=label,
-            color=COLOURS[method], marker=MARKERS[method], capsize=2,
+            [record["batch"] for record in points],
+            [record[value] for record in points],
+            yerr=spread,
+            label=label,
+            color=COLOURS[method],
+            marker=MARKERS[method],
+            capsize=2,
         )
     if max(record.get(value, 1) for record in results) > 3:
         axes.set_yscale("log")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({record["batch"] for record in results}), labels=sorted({record["batch"] for record in results}))
+    axes.set_xticks(
+        sorted({record["batch"] for record in results}),
+        labels=sorted({record["batch"] for record in results}),
+    )

@@ -1,10 +1,12 @@
 """What a training step costs with CARMA: time and peak memory, as ratios to plain fine-tuning.
 
-One process runs every method in turn on the same batch, round after round, so that a busy machine slows all of
-them alike; a ratio is the median over rounds of (method's time / plain fine-tuning's time), with a 95 % bootstrap
-interval over rounds. A step is what Trainer does: forward, loss, backward, clipping, AdamW. Batches are of like
-length and have the lengths of real texts (benchmarks/lengths.json), their tokens and the weights are random.
+One process runs every method in turn on the same batch, round after round, so that a busy machine slows all
+of them alike; a ratio is the median over rounds of (method's time / plain fine-tuning's time), with a 95 %
+bootstrap interval over rounds. A step is what Trainer does: forward, loss, backward, clipping, AdamW.
+Batches are of like length and have the lengths of real texts (benchmarks/lengths.json), their tokens and the
+weights are random.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -49,7 +51,11 @@ class Bench:
         config = GPT2Config(**MODELS[model_name], n_positions=256, bos_token_id=0, eos_token_id=0)
         self.model = GPT2LMHeadModel(config).train()
         arguments = TrainingArguments(
-            tempfile.gettempdir(), use_cpu=device == "cpu", bf16=device == "cuda", report_to="none", save_strategy="no"
+            tempfile.gettempdir(),
+            use_cpu=device == "cpu",
+            bf16=device == "cuda",
+            report_to="none",
+            save_strategy="no",
         )
         last = min(7, config.n_layer - 2)
         self.configs = {
@@ -60,7 +66,8 @@ class Bench:
         }
         self.trainers = {
             name: CarmaTrainer(self.model, arguments, carma=carma, data_collator=list)
-            for name, carma in self.configs.items() if name in methods or name == "fine_tuning"
+            for name, carma in self.configs.items()
+            if name in methods or name == "fine_tuning"
         }
         for trainer in self.trainers.values():
             trainer.current_gradient_accumulation_steps = 1
@@ -99,7 +106,7 @@ def _carma(last: int, mi_weight: float, stability_weight: float) -> CarmaConfig:
 
 
 def measure_time(bench: Bench, text: str, rounds_of: list[dict], methods: list[str]) -> dict[str, np.ndarray]:
-    """Seconds by method and round; the first round of each method only warms up, slow methods get four rounds."""
+    """Seconds by method and round; a first round only warms up, and slow methods get three more."""
     seconds: dict[str, list[float]] = {method: [] for method in methods}
     for number, batch in enumerate([rounds_of[-1], *rounds_of]):
         turn = number % len(methods)
@@ -134,7 +141,7 @@ def _peak(model: str, device: str, method: str, text: str, batch: dict[str, torc
 
 def ratio_with_interval(seconds: np.ndarray, plain: np.ndarray) -> tuple[float, float, float]:
     """Median of the paired ratios and its 95 % percentile interval over 2,000 resamplings of the rounds."""
-    ratios = seconds / plain[:len(seconds)]
+    ratios = seconds / plain[: len(seconds)]
     drawn = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
     low, high = np.percentile(np.median(ratios[drawn], axis=1), [2.5, 97.5])
     return float(np.median(ratios)), float(low), float(high)
@@ -155,11 +162,15 @@ def records(options: argparse.Namespace) -> list[dict]:
                     results.append(_record(bench, model, text, size, method, seconds, rounds_of))
                     print(_line(results[-1]), flush=True)
         del bench
-        sizes = options.batches if options.device == "cuda" else [max(options.batches)]  # a new process each on a CPU
+        sizes = (
+            options.batches if options.device == "cuda" else [max(options.batches)]
+        )  # a new process each on a CPU
         for record in results if options.memory else []:
             if record["model"] == model and record["batch"] in sizes and record["method"] not in SLOW:
                 longest = batches(tables[record["text"]], record["batch"], 2, vocab_size)[-1]
-                record["peak_bytes"] = peak_memory(model, options.device, record["method"], record["text"], longest)
+                record["peak_bytes"] = peak_memory(
+                    model, options.device, record["method"], record["text"], longest
+                )
     return _with_memory_ratios(results)
 
 
@@ -168,28 +179,45 @@ def _record(bench, model, text, size, method, seconds, rounds_of) -> dict:
     tokens = float(np.mean([batch["attention_mask"].sum() for batch in rounds_of]))
     median = float(np.median(seconds[method]))
     record = dict(
-        model=model, text=text, batch=size, method=method, rounds=len(seconds[method]), seconds=median, ratio=ratio,
-        ratio_low=low, ratio_high=high, mean_real_tokens=tokens,
+        model=model,
+        text=text,
+        batch=size,
+        method=method,
+        rounds=len(seconds[method]),
+        seconds=median,
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
+        mean_real_tokens=tokens,
     )
-    peak = [flops for name, flops in PEAK_FLOPS.items() if bench.device == "cuda" and name in _device_name("cuda")]
+    peak = [
+        flops for name, flops in PEAK_FLOPS.items() if bench.device == "cuda" and name in _device_name("cuda")
+    ]
     if peak and method not in SLOW:
-        blocks = 12 * bench.model.config.n_layer * bench.model.config.n_embd ** 2  # multiply-adds a token
+        blocks = 12 * bench.model.config.n_layer * bench.model.config.n_embd**2  # multiply-adds a token
         record["share_of_peak"] = 6 * blocks * tokens / median / peak[0]
     return record
 
 
 def _with_memory_ratios(results: list[dict]) -> list[dict]:
-    plain = {(r["model"], r["text"], r["batch"]): r.get("peak_bytes") for r in results if r["method"] == "fine_tuning"}
+    plain = {
+        (r["model"], r["text"], r["batch"]): r.get("peak_bytes")
+        for r in results
+        if r["method"] == "fine_tuning"
+    }
     for record in results:
         if "peak_bytes" in record:
-            record["peak_ratio"] = record["peak_bytes"] / plain[record["model"], record["text"], record["batch"]]
+            record["peak_ratio"] = (
+                record["peak_bytes"] / plain[record["model"], record["text"], record["batch"]]
+            )
     return results
 
 
 def _line(record: dict) -> str:
     return (
         f"{record['model']:<11}{record['text']:<12}{record['batch']:>4}  {record['method']:<24}"
-        f"{record['seconds'] * 1000:9.1f} ms  ratio {record['ratio']:6.3f} [{record['ratio_low']:.3f}, {record['ratio_high']:.3f}]"
+        f"{record['seconds'] * 1000:9.1f} ms  ratio {record['ratio']:6.3f} "
+        f"[{record['ratio_low']:.3f}, {record['ratio_high']:.3f}]"
     )
 
 
@@ -199,26 +227,54 @@ def _device_name(device: str) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="quick look: python benchmarks/step.py --models small --batches 4 --rounds 5",
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=device, help="cuda runs in bf16 (default: %(default)s)")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="sizes, weights random")
-    parser.add_argument("--texts", nargs="+", choices=list(PADDED_LENGTH), default=["wordnet", "sst"],
-                        help="whose lengths: WordNet definitions, SST sentences, or definitions cut so small that a third "
-                             "of the words have several tokens (many_pieces)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default=device, help="cuda runs in bf16 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="sizes, weights random"
+    )
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        choices=list(PADDED_LENGTH),
+        default=["wordnet", "sst"],
+        help="whose lengths: WordNet definitions, SST sentences, or definitions cut so small that a third "
+        "of the words have several tokens (many_pieces)",
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64], help="batch sizes")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS[:4]),
-                        help="fine_tuning is always measured; naive: pair by pair, padded to 58 or 124 tokens, all logits; "
-                             "published: the same with every item's words applied to every row")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS[:4]),
+        help="fine_tuning is always measured; naive: pair by pair, padded to 58 or 124 tokens, all logits; "
+        "published: the same with every item's words applied to every row",
+    )
     parser.add_argument("--rounds", type=int, default=20, help="steps of each method (slow ones: 3)")
     parser.add_argument("--slow-up-to", type=int, default=16, help="largest batch for naive and published")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch on the CPU")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out peak memory (on a CPU it is measured at the largest batch only)")
-    parser.add_argument("--lengths", type=Path, default=HERE / "lengths.json", help="counts of tokens by word")
-    parser.add_argument("--write-lengths", action="store_true", help="make that file anew from WordNet and SST, and stop")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of step_<device>.json, .png and .svg")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads of torch on the CPU"
+    )
+    parser.add_argument(
+        "--no-memory",
+        dest="memory",
+        action="store_false",
+        help="leave out peak memory (on a CPU it is measured at the largest batch only)",
+    )
+    parser.add_argument(
+        "--lengths", type=Path, default=HERE / "lengths.json", help="counts of tokens by word"
+    )
+    parser.add_argument(
+        "--write-lengths", action="store_true", help="make that file anew from WordNet and SST, and stop"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "results", help="folder of step_<device>.json, .png and .svg"
+    )
     options = parser.parse_args()
     options.methods = ["fine_tuning", *(method for method in options.methods if method != "fine_tuning")]
     return options
@@ -231,9 +287,14 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     report = {
-        "device": options.device, "device_name": _device_name(options.device), "threads": torch.get_num_threads(),
-        "precision": "bf16 autocast" if options.device == "cuda" else "float32", "torch": torch.__version__,
-        "transformers": transformers.__version__, "python": platform.python_version(), "results": records(options),
+        "device": options.device,
+        "device_name": _device_name(options.device),
+        "threads": torch.get_num_threads(),
+        "precision": "bf16 autocast" if options.device == "cuda" else "float32",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "results": records(options),
     }
     with whole_file(options.out / f"step_{options.device}.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")

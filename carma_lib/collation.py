@@ -1,4 +1,5 @@
-"""From rows of text to padded tensors: token ids, positions, constituents, and what the model should answer."""
+"""From rows of text to padded tensors: token ids, positions, constituents, and the answers."""
+
 from __future__ import annotations
 
 import torch
@@ -21,13 +22,14 @@ def encode(
 ) -> Dataset:
     """Tokenize the prompts `prefix + text + suffix` of a single-target task.
 
-    Adds the columns `input_ids`, `constituent_ids` (of `text`; −1 for tokens of the template and special tokens),
-    `target_id` (the one token that continues the prompt to `prompt + target`) and `length` (tokens). Cached by
-    `datasets`.
+    Adds the columns `input_ids`, `constituent_ids` (of `text`; −1 for tokens of the template and special
+    tokens), `target_id` (the one token that continues the prompt to `prompt + target`) and `length`
+    (tokens). Cached by `datasets`.
 
     Args:
-        dataset: rows with `text` and `target`; with `level="phrase"` the column `phrases` gives the constituents
-            as character spans of `text`, or where there is no such column `phrase_spans` finds them.
+        dataset: rows with `text` and `target`; with `level="phrase"` the column `phrases` gives the
+            constituents as character spans of `text`, or where there is no such column `phrase_spans` finds
+            them.
         drop: leave out rows whose target is not one token, instead of raising.
 
     Raises:
@@ -49,31 +51,36 @@ def encode(
 
 
 def encode_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, level: str = "word") -> Dataset:
-    """Tokenize `text` for plain language modelling: `input_ids`, `constituent_ids`, `labels` (the ids) and `length`.
+    """Tokenize `text` for language modelling: `input_ids`, `constituent_ids`, `labels` (the ids), `length`.
 
     For instruction tuning set `labels` to −100 where nothing is to be learned. Errors as in `encode`.
     """
     _check_encoding(dataset, tokenizer, level, ("text",))
-    return dataset.map(_encode_texts, batched=True, fn_kwargs=dict(tokenizer=tokenizer, level=level), desc="Tokenizing")
+    return dataset.map(
+        _encode_texts, batched=True, fn_kwargs=dict(tokenizer=tokenizer, level=level), desc="Tokenizing"
+    )
 
 
 class Collator:
     """Pad rows on the left to the longest of the batch, so that every prompt ends at the last position.
 
-    Returns int64 tensors (batch, tokens): `input_ids`, `attention_mask`, `position_ids` (counted from each row's
-    first real token), `constituent_ids` (−1 at padding), and either `target_ids` (batch,) or `labels` (−100 at
-    padding and at the first token, which nothing precedes); the last three where the rows have `constituent_ids`, `target_id` or `labels`.
+    Returns int64 tensors (batch, tokens): `input_ids`, `attention_mask`, `position_ids` (counted from each
+    row's first real token), `constituent_ids` (−1 at padding), and either `target_ids` (batch,) or `labels`
+    (−100 at padding and at the first token, which nothing precedes); the last three where the rows have
+    `constituent_ids`, `target_id` or `labels`.
 
     Args:
-        padding: the padding token's id, or a tokenizer: its padding token, else its end-of-text token (padding is
-            masked, so either will do).
+        padding: the padding token's id, or a tokenizer: its padding token, else its end-of-text token
+            (padding is masked, so either will do).
     """
 
     def __init__(self, padding: PreTrainedTokenizerBase | int) -> None:
         if not isinstance(padding, int):
             padding = padding.eos_token_id if padding.pad_token_id is None else padding.pad_token_id
         if padding is None:
-            raise ValueError("the tokenizer has neither a padding nor an end-of-text token: set tokenizer.pad_token")
+            raise ValueError(
+                "the tokenizer has neither a padding nor an end-of-text token: set tokenizer.pad_token"
+            )
         self.pad_token_id = padding
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -89,11 +96,14 @@ class Collator:
             batch["target_ids"] = torch.tensor([row["target_id"] for row in rows])
         elif "labels" in rows[0]:
             batch["labels"] = _pad_left(rows, "labels", lengths, -100)
-            batch["labels"][columns == first] = -100  # else a padding position would have to predict the first token
+            # Else a padding position would have to predict the first token.
+            batch["labels"][columns == first] = -100
         return batch
 
 
-def _encode_prompts(rows: dict[str, list], tokenizer, prefix: str, suffix: str, level: str) -> dict[str, list]:
+def _encode_prompts(
+    rows: dict[str, list], tokenizer, prefix: str, suffix: str, level: str
+) -> dict[str, list]:
     prompts = [prefix + text + suffix for text in rows["text"]]
     encoded = tokenizer(prompts, return_offsets_mapping=True, return_attention_mask=False)
     answered = tokenizer([prompt + target for prompt, target in zip(prompts, rows["target"])]).input_ids
@@ -113,7 +123,9 @@ def _encode_texts(rows: dict[str, list], tokenizer, level: str) -> dict[str, lis
         for row, offsets in enumerate(encoded.offset_mapping)
     ]
     return {
-        "input_ids": encoded.input_ids, "constituent_ids": ids, "labels": encoded.input_ids,
+        "input_ids": encoded.input_ids,
+        "constituent_ids": ids,
+        "labels": encoded.input_ids,
         "length": [len(row) for row in encoded.input_ids],
     }
 
@@ -138,12 +150,16 @@ def _pad_left(rows: list[dict], column: str, lengths: list[int], value: int) -> 
         if len(row[column]) != length:
             raise ValueError(f"{column} has {len(row[column])} entries where input_ids has {length}")
     width = max(lengths)
-    return torch.tensor([[value] * (width - length) + list(row[column]) for row, length in zip(rows, lengths)])
+    return torch.tensor(
+        [[value] * (width - length) + list(row[column]) for row, length in zip(rows, lengths)]
+    )
 
 
 def _check_encoding(dataset: Dataset, tokenizer, level: str, columns: tuple[str, ...]) -> None:
     if not tokenizer.is_fast:
-        raise TypeError(f"{type(tokenizer).__name__} is a slow tokenizer without character offsets: use its fast version")
+        raise TypeError(
+            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets: use its fast version"
+        )
     if level not in LEVELS:
         raise ValueError(f"level must be one of {LEVELS}, got {level!r}")
     missing = [column for column in columns if column not in dataset.column_names]

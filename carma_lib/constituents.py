@@ -1,4 +1,5 @@
-"""Words and phrases of a text as character spans, and the constituent that each token of a tokenizer belongs to."""
+"""Words and phrases of a text as character spans, and the constituent that each token belongs to."""
+
 from __future__ import annotations
 
 import re
@@ -6,8 +7,10 @@ from collections.abc import Sequence
 
 Span = tuple[int, int]
 
-# Letters, digits and combining accents; an apostrophe or hyphen inside a word and a point or comma inside a number.
-_WORD = re.compile(r"(?:[^\W_]|[\u0300-\u036f])+(?:(?:['’‐‑-]|(?<=\d)[.,](?=\d))(?:[^\W_]|[\u0300-\u036f])+)*")
+# Letters, digits, combining accents; apostrophe or hyphen inside a word, point or comma inside a number.
+_WORD = re.compile(
+    r"(?:[^\W_]|[\u0300-\u036f])+(?:(?:['’‐‑-]|(?<=\d)[.,](?=\d))(?:[^\W_]|[\u0300-\u036f])+)*"
+)
 _NOUN_PHRASE = re.compile(r"D?(?:R?A)*N+")
 
 
@@ -47,9 +50,9 @@ def constituent_ids(offsets: Sequence[Span], spans: Sequence[Span], text: str) -
     """For each token the index of the span that holds it, or −1.
 
     Args:
-        offsets: character span of each token in `text`, as a fast tokenizer's `return_offsets_mapping` gives it.
-            White space at a token's edges is cut off first. A token that reaches beyond a span belongs to none,
-            and so do special tokens and white space, except between two words of one span.
+        offsets: character span of each token in `text`, as a fast tokenizer's `return_offsets_mapping` gives
+            it. White space at a token's edges is cut off first. A token that reaches beyond a span belongs
+            to none, and so do special tokens and white space, except between two words of one span.
         spans: constituents of `text`, in any order.
 
     Raises:
@@ -58,7 +61,9 @@ def constituent_ids(offsets: Sequence[Span], spans: Sequence[Span], text: str) -
     owner = [-1] * len(text)
     for index, (start, end) in enumerate(spans):
         if not 0 <= start < end <= len(text):
-            raise ValueError(f"span {index} = ({start}, {end}) is empty or outside a text of {len(text)} characters")
+            raise ValueError(
+                f"span {index} = ({start}, {end}) is empty or outside a text of {len(text)} characters"
+            )
         if any(held >= 0 for held in owner[start:end]):
             raise ValueError(f"span {index} = ({start}, {end}) overlaps another span")
         owner[start:end] = [index] * (end - start)
@@ -68,15 +73,15 @@ def constituent_ids(offsets: Sequence[Span], spans: Sequence[Span], text: str) -
             start += 1
         while end > start and text[end - 1].isspace():
             end -= 1
-        # white space alone belongs to a constituent on both its sides: the space between two words of a phrase
-        owners = set(owner[start:end] if start < end else owner[max(start - 1, 0):start + 1])
+        # white space alone belongs to a constituent on both its sides: between two words of a phrase
+        owners = set(owner[start:end] if start < end else owner[max(start - 1, 0) : start + 1])
         ids.append(owners.pop() if len(owners) == 1 and (start < end or start) else -1)
     return ids
 
 
 def _stretches(text: str, words: list[Span]) -> list[Span]:
     """Ranges of words between which there is nothing but white space."""
-    breaks = [i for i in range(1, len(words)) if text[words[i - 1][1]:words[i][0]].strip()]
+    breaks = [i for i in range(1, len(words)) if text[words[i - 1][1] : words[i][0]].strip()]
     edges = [0, *breaks, len(words)]
     return list(zip(edges, edges[1:]))
 

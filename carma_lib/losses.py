@@ -2,10 +2,11 @@
 
     L_total = (1 − λ) L_task + λ L_CARMA        L_CARMA = γ L_MI + η L_stability
 
-(arXiv 2502.11066, method section). Where the published code departs from that description, this module follows
-the description: every row uses its own constituents, and padding is never a token. Nothing here holds
+(arXiv 2502.11066, method section). Where the published code departs from that description, this module
+follows the description: every row uses its own constituents, and padding is never a token. Nothing here holds
 parameters, touches a model or reads a file. Shapes: L layers, B rows, T tokens, D width.
 """
+
 from __future__ import annotations
 
 import math
@@ -77,7 +78,7 @@ class CarmaConfig:
 
 
 class CarmaTerms(NamedTuple):
-    """Scalars: total = γ · mutual_information + η · stability. A term of weight 0 is not computed and stands at 0."""
+    """Scalars: total = γ · mutual_information + η · stability. A term of weight 0 is left at 0."""
 
     total: Tensor
     mutual_information: Tensor
@@ -88,9 +89,9 @@ class CarmaLoss:
     """L_CARMA = γ L_MI + η L_stability of one forward pass (λ is applied by the caller).
 
     `hidden_states` is the tuple a model returns, embeddings first: layer l of the config is entry l + 1, and
-    entries that the config does not name may be None. The last entry of a Hugging Face model is taken after its
-    final norm, so a config that names the last block needs that entry replaced by the block's own output, as
-    `CarmaTrainer` does.
+    entries that the config does not name may be None. The last entry of a Hugging Face model is taken after
+    its final norm, so a config that names the last block needs that entry replaced by the block's own
+    output, as `CarmaTrainer` does.
     """
 
     def __init__(self, config: CarmaConfig) -> None:
@@ -104,7 +105,7 @@ class CarmaLoss:
         *,
         generator: torch.Generator | None = None,
     ) -> CarmaTerms:
-        """Return the terms; arguments, errors and shapes as in `mutual_information_loss` and `stability_loss`."""
+        """Return the terms; arguments, errors and shapes as in the two functions below."""
         config = self.config
         config.check_depth(len(hidden_states) - 1)
         if not config.layers:
@@ -115,8 +116,12 @@ class CarmaLoss:
         mutual_information = stability = tokens.states.new_zeros(())
         if config.mi_weight:
             mutual_information = _mutual_information(
-                _within(tokens, config.layers, config.mi_layers), constituent_ids,
-                config.temperature, config.num_negatives, config.similarity, generator,
+                _within(tokens, config.layers, config.mi_layers),
+                constituent_ids,
+                config.temperature,
+                config.num_negatives,
+                config.similarity,
+                generator,
             )
         if config.stability_weight:
             stability = _stability(_within(tokens, config.layers, config.stability_layers)).sum()
@@ -139,10 +144,10 @@ def mutual_information_loss(
         L_MI = mean over layers, mean over pairs (i, j) of
                −log( exp(s_ij / τ) / (exp(s_ij / τ) + Σ_n exp(s_in / τ)) )
 
-    Pairs: all i < j of one row with the same constituent, over all rows of the batch. Negatives n of an anchor
-    i: the real tokens of its row outside its constituent; with `num_negatives=k`, k of them drawn without
-    replacement (all, where there are no more than k), one draw per anchor shared by its pairs and by the layers;
-    with None all of them, which needs no random numbers. A pair whose anchor has no negative costs 0.
+    Pairs: all i < j of one row with the same constituent, over all rows of the batch. Negatives n of an
+    anchor i: the real tokens of its row outside its constituent; with `num_negatives=k`, k of them drawn
+    without replacement (all, where there are no more than k), one draw per anchor shared by its pairs and by the
+    layers; with None all of them, which needs no random numbers. A pair whose anchor has no negative costs 0.
     (arXiv 2502.11066, method section; the draw is our decision, the published code draws with replacement.)
 
     Args:
@@ -172,28 +177,34 @@ def stability_loss(
 
         L_stability = Σ_l  mean((h_{l+1} − h_l)²) / (mean(h_l²) + mean(h_{l+1}²) + 1e-8)
 
-    Means run over the real tokens of the batch and the width. The published weights were used with the sum, which
-    grows with the number of layers; `reduction="mean"` divides it by the number of consecutive pairs.
+    Means run over the real tokens of the batch and the width. The published weights were used with the sum,
+    which grows with the number of layers; `reduction="mean"` divides it by the number of consecutive pairs.
     (arXiv 2502.11066, method section; that padding is left out is our decision.)
 
     Args:
-        hidden_states: at least 2 layers × (B, T, D), stacked or a sequence; half precision is raised to float32.
+        hidden_states: at least 2 layers × (B, T, D), stacked or a sequence; half precision is raised to
+            float32.
         attention_mask: (B, T), 1 for a real token.
         reduction: "sum" or "mean" over the consecutive pairs of layers.
 
     Raises:
-        ValueError: shapes disagree, fewer than two layers, unknown reduction, NaN or infinity at a real token.
+        ValueError: shapes disagree, fewer than two layers, unknown reduction, NaN or infinity at a real
+            token.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     tokens = _checked(hidden_states, attention_mask)
     if len(tokens.states) < 2:
-        raise ValueError(f"stability compares consecutive layers and needs at least 2, got {len(tokens.states)}")
+        raise ValueError(
+            f"stability compares consecutive layers and needs at least 2, got {len(tokens.states)}"
+        )
     steps = _stability(tokens)
     return steps.sum() if reduction == "sum" else steps.mean()
 
 
-def sample_negatives(eligible: Tensor, num_negatives: int, generator: torch.Generator | None = None) -> Tensor:
+def sample_negatives(
+    eligible: Tensor, num_negatives: int, generator: torch.Generator | None = None
+) -> Tensor:
     """Draw up to `num_negatives` of each anchor's eligible tokens, uniformly and without replacement.
 
     Args:
@@ -280,14 +291,20 @@ def _check_sampling(temperature: float, num_negatives: int | None, similarity: s
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
     if num_negatives is not None and (not isinstance(num_negatives, int) or num_negatives < 1):
-        raise ValueError(f"num_negatives must be a whole number from 1 up, or None for all, got {num_negatives}")
+        raise ValueError(
+            f"num_negatives must be a whole number from 1 up, or None for all, got {num_negatives}"
+        )
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity must be one of {SIMILARITIES}, got {similarity!r}")
 
 
 def _layer_range(name: str, layers: Sequence[int]) -> tuple[int, int]:
     layers = tuple(layers)
-    if len(layers) != 2 or not all(isinstance(layer, int) for layer in layers) or not 0 <= layers[0] <= layers[1]:
+    if (
+        len(layers) != 2
+        or not all(isinstance(layer, int) for layer in layers)
+        or not 0 <= layers[0] <= layers[1]
+    ):
         raise ValueError(f"{name} must be (first, last) with 0 <= first <= last, got {layers}")
     return layers
 

@@ -1,4 +1,5 @@
-"""The benchmark runs, its batches have the lengths they claim, and its naive version computes the same terms."""
+"""The benchmark runs, its batches are as long as they claim, its naive version computes the same terms."""
+
 import json
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from carma_lib.losses import CarmaConfig, CarmaLoss
 
 
 def test_a_small_run(tmp_path):
-    options = "--models small --texts wordnet --batches 1 --rounds 2 --methods carma naive --no-memory --threads 1 --device cpu"
-    command = [sys.executable, str(BENCHMARKS / "step.py"), *options.split(), "--out", str(tmp_path)]
+    options = "--device cpu --threads 1 --models small --texts wordnet --batches 1 --rounds 2 --no-memory"
+    methods = ["--methods", "carma", "naive", "--out", str(tmp_path)]
+    command = [sys.executable, str(BENCHMARKS / "step.py"), *options.split(), *methods]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     report = json.loads((tmp_path / "step_cpu.json").read_text())
     assert [record["method"] for record in report["results"]] == ["fine_tuning", "carma", "naive"]
@@ -42,8 +44,10 @@ def test_naive_version_computes_the_same_terms():
     model = tiny_model("gpt2")
     carma = CarmaConfig(carma_weight=0.5, mi_layers=(0, 1), stability_layers=(0, 1), num_negatives=1)
     batch = {
-        "input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "attention_mask": torch.ones(2, 3).long(),
-        "position_ids": torch.arange(3).repeat(2, 1), "constituent_ids": torch.tensor([[0, 0, 1], [0, 0, -1]]),
+        "input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]),
+        "attention_mask": torch.ones(2, 3).long(),
+        "position_ids": torch.arange(3).repeat(2, 1),
+        "constituent_ids": torch.tensor([[0, 0, 1], [0, 0, -1]]),
         "target_ids": torch.tensor([3, 4]),
     }
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
@@ -51,7 +55,9 @@ def test_naive_version_computes_the_same_terms():
     task_loss = torch.nn.functional.cross_entropy(outputs.logits[:, -1], batch["target_ids"])
     terms = CarmaLoss(carma)(outputs.hidden_states, batch["constituent_ids"], batch["attention_mask"])
     for every_row in (False, True):  # both rows have the same spans, so it makes no difference here
-        torch.testing.assert_close(naive_loss(model, batch, carma, every_row), 0.5 * task_loss + 0.5 * terms.total)
+        torch.testing.assert_close(
+            naive_loss(model, batch, carma, every_row), 0.5 * task_loss + 0.5 * terms.total
+        )
     padded = pad_to_published_length(batch, 5)
     assert padded["input_ids"].shape == (2, 5) and padded["constituent_ids"][:, :2].eq(-1).all()
     assert padded["attention_mask"].sum() == 6 and padded["target_ids"] is batch["target_ids"]

@@ -1,4 +1,5 @@
 """Words, phrases, and the constituents of tokens, for both kinds of tokenizer."""
+
 import pytest
 from tiny import byte_level_tokenizer, metaspace_tokenizer
 
@@ -49,7 +50,9 @@ def test_every_token_finds_its_word(make):
     assert len(ids) == len(encoded.input_ids)
     for word, (start, end) in enumerate(spans):
         covered = [TEXT[a:b].strip() for (a, b), i in zip(encoded.offset_mapping, ids) if i == word]
-        joined = "".join(piece for n, piece in enumerate(covered) if n == 0 or piece != covered[n - 1] or piece != "é")
+        joined = "".join(
+            piece for n, piece in enumerate(covered) if n == 0 or piece != covered[n - 1] or piece != "é"
+        )
         assert joined == TEXT[start:end]  # the bytes of é may be two tokens with the same characters
     for (a, b), i in zip(encoded.offset_mapping, ids):
         if i < 0:
@@ -86,7 +89,17 @@ def test_bad_spans(spans, message):
 
 def test_a_lone_space_belongs_to_the_phrase_around_it_and_to_no_word():
     text = "a gem of wit"
-    offsets = [(0, 0), (0, 1), (1, 2), (2, 5), (5, 6), (6, 8), (9, 9), (9, 12), (0, 0)]  # one space kept, one trimmed
+    offsets = [
+        (0, 0),
+        (0, 1),
+        (1, 2),
+        (2, 5),
+        (5, 6),
+        (6, 8),
+        (9, 9),
+        (9, 12),
+        (0, 0),
+    ]  # one space kept, one trimmed
     phrases = [(0, 5), (6, 12)]
     assert constituent_ids(offsets, phrases, text) == [-1, 0, 0, 0, -1, 1, 1, 1, -1]
     assert constituent_ids(offsets, word_spans(text), text) == [-1, 0, -1, 1, -1, 2, -1, 3, -1]

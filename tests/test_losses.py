@@ -1,4 +1,5 @@
 """The terms against a restatement with plain loops, their properties, and every bad input at the door."""
+
 import math
 
 import pytest
@@ -62,7 +63,7 @@ def random_case(seed, layers=None, dtype=torch.float64):
         if number(0, 1):
             mask[row, :padding] = 0
         else:
-            mask[row, tokens - padding:] = 0
+            mask[row, tokens - padding :] = 0
     return states, ids, mask
 
 
@@ -85,7 +86,12 @@ def test_mutual_information_equals_the_formula(similarity, num_negatives):
         if num_negatives:
             chosen = sample_negatives(chosen, num_negatives, torch.Generator().manual_seed(seed))
         fast = mutual_information_loss(
-            states, ids, mask, temperature=0.5, num_negatives=num_negatives, similarity=similarity,
+            states,
+            ids,
+            mask,
+            temperature=0.5,
+            num_negatives=num_negatives,
+            similarity=similarity,
             generator=torch.Generator().manual_seed(seed),
         )
         slow = naive_mutual_information(
@@ -130,7 +136,9 @@ def test_order_of_the_batch_does_not_matter():
             mutual_information_loss(states, ids, mask, num_negatives=None),
             mutual_information_loss(states[:, order], ids[order], mask[order], num_negatives=None),
         )
-        torch.testing.assert_close(stability_loss(states, mask), stability_loss(states[:, order], mask[order]))
+        torch.testing.assert_close(
+            stability_loss(states, mask), stability_loss(states[:, order], mask[order])
+        )
 
 
 def test_rows_are_never_mixed():
@@ -139,7 +147,8 @@ def test_rows_are_never_mixed():
     ids = torch.tensor([[0, 0, 1, -1], [5, 1, 5, 2], [-1, 7, 3, 7]])
     mask = torch.ones_like(ids)
     rows = [
-        mutual_information_loss(states[:, [row]], ids[[row]], mask[[row]], num_negatives=None) for row in range(3)
+        mutual_information_loss(states[:, [row]], ids[[row]], mask[[row]], num_negatives=None)
+        for row in range(3)
     ]
     torch.testing.assert_close(
         mutual_information_loss(states, ids, mask, num_negatives=None), torch.stack(rows).mean()
@@ -166,7 +175,9 @@ def test_anchor_without_negative_costs_nothing():
     states = torch.randn(1, 1, 3, 4, requires_grad=True)
     ids, mask = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long)
     with torch.autograd.detect_anomaly(check_nan=True):  # no NaN on the way either
-        value, gradient = value_and_gradient(mutual_information_loss(states, ids, mask, num_negatives=None), states)
+        value, gradient = value_and_gradient(
+            mutual_information_loss(states, ids, mask, num_negatives=None), states
+        )
     assert value == 0 and (gradient == 0).all()
 
 
@@ -194,20 +205,35 @@ def test_sampling_is_uniform_without_replacement():
     assert (chosen.sum(-1) == 2).all() and not chosen[..., 6:].any()
     shares = chosen[0, :, :6].double().mean(0)  # expected 1/3 each, standard error 0.0086
     assert (shares - 1 / 3).abs().max() < 4 * 0.0086
-    assert torch.equal(sample_negatives(eligible, 6), eligible) and torch.equal(sample_negatives(eligible, 99), eligible)
+    assert torch.equal(sample_negatives(eligible, 6), eligible) and torch.equal(
+        sample_negatives(eligible, 99), eligible
+    )
 
 
 def test_sampled_value_follows_its_generator():
-    states, ids, mask = torch.randn(2, 2, 9, 4), torch.arange(9).div(3).long().repeat(2, 1), torch.ones(2, 9).long()
+    states, ids, mask = (
+        torch.randn(2, 2, 9, 4),
+        torch.arange(9).div(3).long().repeat(2, 1),
+        torch.ones(2, 9).long(),
+    )
 
     def value(seed):
-        return mutual_information_loss(states, ids, mask, num_negatives=2, generator=torch.Generator().manual_seed(seed))
+        return mutual_information_loss(
+            states, ids, mask, num_negatives=2, generator=torch.Generator().manual_seed(seed)
+        )
 
     assert value(1) == value(1) and value(1) != value(2)
 
 
-@pytest.mark.parametrize("dtype, inside", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32),
-                                           (torch.float32, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    "dtype, inside",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
 def test_precision_inside(dtype, inside):
     states, ids, mask = random_case(5, layers=2)
     states = states.detach().to(dtype).requires_grad_()
@@ -236,9 +262,14 @@ def test_memory_grows_with_the_batch_not_its_square():
 
 
 def test_carma_loss_joins_the_terms():
-    outputs, ids, mask = torch.randn(6, 2, 7, 4), torch.tensor([[0, 0, 1, 1, 1, 2, -1]] * 2), torch.ones(2, 7).long()
-    config = CarmaConfig(mi_layers=(1, 2), stability_layers=(2, 4), mi_weight=0.5, stability_weight=0.7,
-                         num_negatives=None)
+    outputs, ids, mask = (
+        torch.randn(6, 2, 7, 4),
+        torch.tensor([[0, 0, 1, 1, 1, 2, -1]] * 2),
+        torch.ones(2, 7).long(),
+    )
+    config = CarmaConfig(
+        mi_layers=(1, 2), stability_layers=(2, 4), mi_weight=0.5, stability_weight=0.7, num_negatives=None
+    )
     terms = CarmaLoss(config)(tuple(outputs), ids, mask)
     torch.testing.assert_close(
         terms.mutual_information, mutual_information_loss(outputs[2:4], ids, mask, num_negatives=None)
@@ -297,10 +328,16 @@ def test_config_checks_the_depth():
     with pytest.raises(ValueError, match="blocks 0 to 3"):
         CarmaConfig().check_depth(4)
     with pytest.raises(ValueError, match="blocks 0 to 2"):
-        CarmaLoss(CarmaConfig())([torch.randn(1, 2, 3)] * 4, torch.zeros(1, 2).long(), torch.ones(1, 2).long())
+        CarmaLoss(CarmaConfig())(
+            [torch.randn(1, 2, 3)] * 4, torch.zeros(1, 2).long(), torch.ones(1, 2).long()
+        )
 
 
-STATES, IDS, MASK = torch.randn(2, 2, 3, 4), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+STATES, IDS, MASK = (
+    torch.randn(2, 2, 3, 4),
+    torch.zeros(2, 3, dtype=torch.long),
+    torch.ones(2, 3, dtype=torch.long),
+)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +365,10 @@ def test_one_bad_number_is_seen_even_where_no_pair_uses_it(bad):
     states = torch.randn(2, 1, 4, 3)
     states[1, 0, 3, 2] = bad
     ids, mask = torch.tensor([[0, 0, 1, -1]]), torch.ones(1, 4).long()
-    for call in (lambda: mutual_information_loss(states, ids, mask, num_negatives=1), lambda: stability_loss(states, mask)):
+    for call in (
+        lambda: mutual_information_loss(states, ids, mask, num_negatives=1),
+        lambda: stability_loss(states, mask),
+    ):
         with pytest.raises(ValueError, match="NaN or infinity"):
             call()
 

@@ -1,4 +1,5 @@
 """CarmaTrainer: plain Trainer at λ = 0, the stated loss otherwise, in every way people train."""
+
 import os
 import subprocess
 import sys
@@ -18,7 +19,12 @@ from carma_lib.losses import CarmaConfig, CarmaLoss
 from carma_lib.training import CarmaTrainer, KeptHiddenStates, decoder_blocks
 
 CARMA = CarmaConfig(
-    carma_weight=0.4, mi_weight=0.5, stability_weight=0.7, mi_layers=(0, 2), stability_layers=(0, 1), num_negatives=None
+    carma_weight=0.4,
+    mi_weight=0.5,
+    stability_weight=0.7,
+    mi_layers=(0, 2),
+    stability_layers=(0, 1),
+    num_negatives=None,
 )
 TOKENIZER = byte_level_tokenizer()
 
@@ -34,8 +40,17 @@ def language_model_rows(number=8):
 
 def arguments(folder, **settings):
     chosen = dict(
-        output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, learning_rate=0.1, logging_steps=1,
-        lr_scheduler_type="constant", optim="sgd", save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=0.1,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
     )
     return TrainingArguments(**(chosen | settings))
 
@@ -43,7 +58,11 @@ def arguments(folder, **settings):
 def trained(folder, rows, model=None, carma=CARMA, eval_dataset=None, **settings):
     model = model or tiny_model("gpt2")
     trainer = CarmaTrainer(
-        model, arguments(folder, **settings), carma=carma, train_dataset=rows, eval_dataset=eval_dataset,
+        model,
+        arguments(folder, **settings),
+        carma=carma,
+        train_dataset=rows,
+        eval_dataset=eval_dataset,
         processing_class=TOKENIZER,
     )
     trainer.train()
@@ -55,7 +74,12 @@ def losses(trainer):
 
 
 def weights(trainer):
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.accelerator.unwrap_model(trainer.model).parameters()])
+    return torch.cat(
+        [
+            parameter.detach().flatten()
+            for parameter in trainer.accelerator.unwrap_model(trainer.model).parameters()
+        ]
+    )
 
 
 def batch_of(rows):
@@ -72,9 +96,13 @@ def test_weight_zero_is_plain_trainer_with_labels(tmp_path, carma):
     ours = trained(tmp_path, rows, carma=carma, **settings)
 
     def collate(batch):
-        return {name: value for name, value in Collator(TOKENIZER)(batch).items() if name != "constituent_ids"}
+        return {
+            name: value for name, value in Collator(TOKENIZER)(batch).items() if name != "constituent_ids"
+        }
 
-    plain = Trainer(tiny_model("gpt2"), arguments(tmp_path, remove_unused_columns=False, **settings), collate, rows)
+    plain = Trainer(
+        tiny_model("gpt2"), arguments(tmp_path, remove_unused_columns=False, **settings), collate, rows
+    )
     plain.train()
     assert torch.equal(weights(ours), weights(plain)) and losses(ours) == losses(plain)
     assert not torch.equal(weights(ours), weights(trained(tmp_path, rows, **settings)))
@@ -90,7 +118,10 @@ def test_weight_zero_is_plain_trainer_with_single_targets(tmp_path):
         return {**inputs, "labels": inputs.pop("target_ids"), "logits_to_keep": 1}
 
     plain = Trainer(
-        tiny_model("gpt2"), arguments(tmp_path, max_steps=4, remove_unused_columns=False), collate, rows,
+        tiny_model("gpt2"),
+        arguments(tmp_path, max_steps=4, remove_unused_columns=False),
+        collate,
+        rows,
         compute_loss_func=lambda outputs, labels, **_: F.cross_entropy(outputs.logits[:, -1].float(), labels),
     )
     plain.train()
@@ -106,7 +137,9 @@ def test_only_the_configured_blocks_are_kept(family):
     kept = KeptHiddenStates(blocks_of(model), (1, 3))
     ids = torch.randint(0, 300, (2, 7), generator=torch.Generator().manual_seed(0))
     final = []
-    blocks_of(model)[3].register_forward_hook(lambda m, a, o: final.append(o[0] if isinstance(o, tuple) else o))
+    blocks_of(model)[3].register_forward_hook(
+        lambda m, a, o: final.append(o[0] if isinstance(o, tuple) else o)
+    )
     with kept.during(True):
         states = model(ids, output_hidden_states=True).hidden_states
     ours = kept.take(7)
@@ -121,7 +154,7 @@ def test_only_the_configured_blocks_are_kept(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("make_rows", [single_target_rows, language_model_rows])
 def test_the_logged_loss_is_the_stated_one(tmp_path, family, make_rows):
-    """One step over one batch, the parts taken from the model's own outputs; then the parts that were logged."""
+    """One step over one batch: the parts from the model's own outputs, then those that were logged."""
     rows = make_rows(4)
     carma = replace(CARMA, mi_layers=(0, 1))
     batch = batch_of(rows)
@@ -133,9 +166,13 @@ def test_the_logged_loss_is_the_stated_one(tmp_path, family, make_rows):
     no_dropout(model)
     logged = trained(tmp_path, rows, model, carma=carma, max_steps=1).state.log_history[0]
     expected = dict(
-        loss=0.6 * task_loss + 0.4 * terms.total, task_loss=task_loss, mutual_information=terms.mutual_information,
-        stability=terms.stability, weighted_task_loss=0.6 * task_loss,
-        weighted_mutual_information=0.4 * 0.5 * terms.mutual_information, weighted_stability=0.4 * 0.7 * terms.stability,
+        loss=0.6 * task_loss + 0.4 * terms.total,
+        task_loss=task_loss,
+        mutual_information=terms.mutual_information,
+        stability=terms.stability,
+        weighted_task_loss=0.6 * task_loss,
+        weighted_mutual_information=0.4 * 0.5 * terms.mutual_information,
+        weighted_stability=0.4 * 0.7 * terms.stability,
     )
     for name, value in expected.items():
         assert logged[name] == pytest.approx(value.item(), rel=1e-5), name
@@ -159,7 +196,9 @@ def test_terms_are_averaged_over_the_logging_window(tmp_path):
 
 
 def test_terms_that_are_off_are_not_logged(tmp_path):
-    logged = trained(tmp_path, single_target_rows(), carma=replace(CARMA, stability_weight=0)).state.log_history[0]
+    logged = trained(
+        tmp_path, single_target_rows(), carma=replace(CARMA, stability_weight=0)
+    ).state.log_history[0]
     assert "mutual_information" in logged and not [name for name in logged if "stability" in name]
     assert "task_loss" not in trained(tmp_path, single_target_rows(), carma=None).state.log_history[0]
 
@@ -177,7 +216,11 @@ def test_accumulation_leaves_the_loss_as_it_is(tmp_path, make_rows):
         model = tiny_model("gpt2")
         no_dropout(model)
         return trained(
-            tmp_path, rows, model, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+            tmp_path,
+            rows,
+            model,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
             train_sampling_strategy="sequential",
         )
 
@@ -186,14 +229,23 @@ def test_accumulation_leaves_the_loss_as_it_is(tmp_path, make_rows):
         split = run(8 // accumulation, accumulation)
         assert losses(split) == pytest.approx(losses(whole), rel=1e-6)
         for name in ("task_loss", "stability", "weighted_mutual_information"):
-            assert split.state.log_history[0][name] == pytest.approx(whole.state.log_history[0][name], rel=1e-5)
+            assert split.state.log_history[0][name] == pytest.approx(
+                whole.state.log_history[0][name], rel=1e-5
+            )
         torch.testing.assert_close(weights(split), weights(whole), rtol=1e-4, atol=1e-5)
 
 
 def test_two_processes_train_like_one(tmp_path):
     script = Path(__file__).with_name("two_processes.py")
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script), str(tmp_path)]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        str(script),
+        str(tmp_path),
+    ]
     subprocess.run([sys.executable, *command], env=environment, check=True, timeout=300, capture_output=True)
     for kind, make_rows in (("single_target", single_target_rows), ("language_model", language_model_rows)):
         two = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
@@ -208,10 +260,15 @@ def test_two_processes_train_like_one(tmp_path):
 def test_resumed_run_equals_the_unbroken_one(tmp_path):
     rows = single_target_rows()
     carma = replace(CARMA, num_negatives=2)  # sampled: the draws must be the same ones
-    settings = dict(max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, seed=7, optim="adamw_torch")
+    settings = dict(
+        max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, seed=7, optim="adamw_torch"
+    )
     unbroken = trained(tmp_path / "a", rows, carma=carma, save_strategy="steps", save_steps=2, **settings)
     resumed = CarmaTrainer(
-        tiny_model("gpt2", seed=5), arguments(tmp_path / "b", **settings), carma=carma, train_dataset=rows,
+        tiny_model("gpt2", seed=5),
+        arguments(tmp_path / "b", **settings),
+        carma=carma,
+        train_dataset=rows,
         processing_class=TOKENIZER,
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
@@ -223,7 +280,10 @@ def test_resumed_run_equals_the_unbroken_one(tmp_path):
 def test_draws_of_negatives_depend_on_seed_step_and_micro_batch(tmp_path):
     def draws(seed):
         trainer = CarmaTrainer(
-            tiny_model("gpt2"), arguments(tmp_path, seed=seed, data_seed=1), carma=CARMA, processing_class=TOKENIZER
+            tiny_model("gpt2"),
+            arguments(tmp_path, seed=seed, data_seed=1),
+            carma=CARMA,
+            processing_class=TOKENIZER,
         )
         for trainer.state.global_step in (0, 0, 1, 1):
             yield trainer._seeded_generator().initial_seed()
@@ -241,7 +301,10 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, family, use_reentrant)
     rows = single_target_rows()
     plain = trained(tmp_path, rows, tiny_model(family))
     saving = trained(
-        tmp_path, rows, tiny_model(family), gradient_checkpointing=True,
+        tmp_path,
+        rows,
+        tiny_model(family),
+        gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
     )
     assert losses(saving) == pytest.approx(losses(plain), rel=1e-6)
@@ -252,11 +315,19 @@ def test_compiled_model(tmp_path):
     rows, model = single_target_rows(), tiny_model("llama")
     plain = trained(tmp_path, rows, model)
     compiled = trained(
-        tmp_path, rows, tiny_model("llama"), torch_compile=True, torch_compile_backend="aot_eager", eval_dataset=rows,
-        eval_strategy="steps", eval_steps=1,
+        tmp_path,
+        rows,
+        tiny_model("llama"),
+        torch_compile=True,
+        torch_compile_backend="aot_eager",
+        eval_dataset=rows,
+        eval_strategy="steps",
+        eval_steps=1,
     )
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
-    assert compiled.state.log_history[0]["stability"] == pytest.approx(plain.state.log_history[0]["stability"], rel=1e-5)
+    assert compiled.state.log_history[0]["stability"] == pytest.approx(
+        plain.state.log_history[0]["stability"], rel=1e-5
+    )
 
 
 def test_bf16(tmp_path):
@@ -271,7 +342,9 @@ def adapters():
     task = dict(task_type="CAUSAL_LM")
     return [
         LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **task),
-        IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **task),
+        IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **task
+        ),
         AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"], **task),
         PromptTuningConfig(num_virtual_tokens=3, **task),
         PrefixTuningConfig(num_virtual_tokens=3, **task),
@@ -289,8 +362,13 @@ def test_adapters(tmp_path, adapter, checkpointing):
     model = get_peft_model(tiny_model("llama"), adapter)
     before = {name: value.clone() for name, value in model.named_parameters()}
     trainer = trained(
-        tmp_path, single_target_rows(), model, eval_dataset=single_target_rows(), gradient_checkpointing=checkpointing,
-        carma=replace(CARMA, carma_weight=1), max_steps=3,
+        tmp_path,
+        single_target_rows(),
+        model,
+        eval_dataset=single_target_rows(),
+        gradient_checkpointing=checkpointing,
+        carma=replace(CARMA, carma_weight=1),
+        max_steps=3,
     )
     changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
     assert changed and all(model.get_parameter(name).requires_grad for name in changed)
@@ -303,8 +381,18 @@ def test_adapters(tmp_path, adapter, checkpointing):
 def test_evaluation_and_best_checkpoint(tmp_path):
     rows = single_target_rows()
     trainer = trained(
-        tmp_path, rows, eval_dataset=rows, max_steps=8, learning_rate=3e-2, optim="adamw_torch", eval_strategy="steps", eval_steps=2,
-        save_strategy="steps", save_steps=2, load_best_model_at_end=True, metric_for_best_model="accuracy",
+        tmp_path,
+        rows,
+        eval_dataset=rows,
+        max_steps=8,
+        learning_rate=3e-2,
+        optim="adamw_torch",
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
         per_device_eval_batch_size=3,
     )
     accuracies = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
@@ -333,7 +421,11 @@ def test_evaluation_with_labels_is_the_task_loss_alone(tmp_path):
     assert "eval_accuracy" not in metrics
     shapes = []
     own = CarmaTrainer(
-        trainer.model, arguments(tmp_path), carma=CARMA, eval_dataset=rows, processing_class=TOKENIZER,
+        trainer.model,
+        arguments(tmp_path),
+        carma=CARMA,
+        eval_dataset=rows,
+        processing_class=TOKENIZER,
         compute_metrics=lambda prediction: {"width": shapes.append(prediction.predictions.shape) or 1},
     )
     assert own.evaluate()["eval_width"] == 1 and shapes == [(4, batch["input_ids"].shape[1], 300)]
@@ -350,7 +442,9 @@ def test_logits_only_where_they_are_read(tmp_path):
 
 
 def test_models_that_cannot_be_trained(tmp_path):
-    small = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    small = dict(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
     bert = AutoConfig.for_model("bert", **small)
     t5 = AutoConfig.for_model("t5", vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
     encoders = [AutoModelForMaskedLM.from_config(bert), AutoModelForCausalLM.from_config(bert)]
@@ -379,9 +473,14 @@ def test_bad_batches_stop_before_a_step(tmp_path):
         trained(tmp_path, rows.remove_columns("constituent_ids"))
 
     def pad_right(batch):
-        return {name: tensor.flip(1) if tensor.dim() == 2 else tensor for name, tensor in Collator(TOKENIZER)(batch).items()}
+        return {
+            name: tensor.flip(1) if tensor.dim() == 2 else tensor
+            for name, tensor in Collator(TOKENIZER)(batch).items()
+        }
 
-    trainer = CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=CARMA, train_dataset=rows, data_collator=pad_right)
+    trainer = CarmaTrainer(
+        tiny_model("gpt2"), arguments(tmp_path), carma=CARMA, train_dataset=rows, data_collator=pad_right
+    )
     with pytest.raises(ValueError, match="padded on the left"):
         trainer.train()
 

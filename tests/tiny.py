@@ -1,4 +1,5 @@
 """Tiny random models of every supported family and tokenizers trained on the spot, for tests."""
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -19,13 +20,27 @@ def tiny_config(family: str, vocab_size: int = 300, layers: int = 3, width: int 
     """A config of `family` with `layers` blocks of `width`, four heads, and at most 128 positions."""
     if family == "gpt2":
         return AutoConfig.for_model(
-            "gpt2", vocab_size=vocab_size, n_layer=layers, n_embd=width, n_head=4, n_positions=128,
-            bos_token_id=0, eos_token_id=0, pad_token_id=1,
+            "gpt2",
+            vocab_size=vocab_size,
+            n_layer=layers,
+            n_embd=width,
+            n_head=4,
+            n_positions=128,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=1,
         )
     sizes = dict(
-        vocab_size=vocab_size, num_hidden_layers=layers, hidden_size=width, intermediate_size=2 * width,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        bos_token_id=0, eos_token_id=0, pad_token_id=1,
+        vocab_size=vocab_size,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
     )
     if family in ("qwen3", "gemma", "gemma2"):
         sizes["head_dim"] = width // 4
@@ -37,10 +52,14 @@ def tiny_config(family: str, vocab_size: int = 300, layers: int = 3, width: int 
 
 
 def tiny_model(
-    family: str, vocab_size: int = 300, layers: int = 3, width: int = 32, seed: int = 0,
+    family: str,
+    vocab_size: int = 300,
+    layers: int = 3,
+    width: int = 32,
+    seed: int = 0,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A randomly initialised causal language model in evaluation mode; the same seed gives the same weights."""
+    """A random causal language model in evaluation mode; the same seed gives the same weights."""
     config = tiny_config(family, vocab_size, layers, width)
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.random.fork_rng(devices=[]):
@@ -54,7 +73,9 @@ def byte_level_tokenizer(texts=TEXTS, vocab_size: int = 300) -> PreTrainedTokeni
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<end>", "<pad>"], show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=["<end>", "<pad>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -72,7 +93,13 @@ def metaspace_tokenizer(texts=TEXTS, vocab_size: int = 300) -> PreTrainedTokeniz
         vocab_size=vocab_size, special_tokens=["<begin>", "<pad>", "<end>", "<unk>"], show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", 0)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<begin>", eos_token="<end>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        bos_token="<begin>",
+        eos_token="<end>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     )

@@ -1,4 +1,5 @@
 """Run by test_training.py under torchrun: the same two rows in each process, results written by the first."""
+
 import sys
 from pathlib import Path
 
@@ -14,7 +15,11 @@ for kind, make_rows in (("single_target", single_target_rows), ("language_model"
     model = tiny_model("gpt2")
     no_dropout(model)
     trainer = trained(
-        folder, make_rows(2).select([0, 1] * 8), model, per_device_train_batch_size=2, ddp_backend="gloo",
+        folder,
+        make_rows(2).select([0, 1] * 8),
+        model,
+        per_device_train_batch_size=2,
+        ddp_backend="gloo",
         train_sampling_strategy="sequential",
     )
     assert trainer.args.world_size == 2
