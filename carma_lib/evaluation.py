@@ -15,8 +15,9 @@ import pandas as pd
 import torch
 
 from carma_lib.collation import Collator, encode
+from carma_lib.drift import compare_with_start
 from carma_lib.experiment import Cell, run_parallel, task_prompt
-from carma_lib.files import fingerprint, read_json
+from carma_lib.files import fingerprint, read_json, whole_file
 from carma_lib.lexicon import synonym_forms
 from carma_lib.models import Prompt, load_model
 from carma_lib.perturbation import replace_all
@@ -190,6 +191,29 @@ def evaluate_cells(run_dir: Path, cells: Sequence[Cell], conditions: Conditions,
     parts = run_parallel(evaluate_cell, [(run_dir, cell, conditions) for cell in cells], workers=workers,
                          description=f"evaluating {len(cells)} models", unit="model")
     return write_results(read_results(parts), run_dir / "results.parquet")
+
+
+def drift_of_cell(run_dir: Path, cell: Cell, items: int) -> pd.DataFrame:
+    """`compare_with_start` of a trained cell on the first `items` validation rows, with the cell's names."""
+    model, tokenizer = load_model(str(run_dir / "models" / cell.place))
+    start, _ = load_model(str(run_dir / "models" / replace(cell, method="untuned").place))
+    facts = read_json(run_dir / "models" / cell.place / "cell.json")
+    rows = load_task(run_dir / "data" / cell.task)["validation"]
+    drift, perplexity = compare_with_start(
+        model, start, tokenizer, rows.select(range(min(items, len(rows)))),
+        prompt=task_prompt(cell.task, model.config.model_type, facts["start"]))
+    return drift.assign(**asdict(cell), perplexity=perplexity["model"], start_perplexity=perplexity["start"])
+
+
+def drift_of_cells(run_dir: Path, cells: Sequence[Cell], *, items: int = 200, workers: int = 1) -> pd.DataFrame:
+    """Drift and perplexities of every trained cell, also as `drift.csv`: a row a cell and layer."""
+    trained = [cell for cell in cells if cell.method != "untuned"]
+    parts = run_parallel(drift_of_cell, [(run_dir, cell, items) for cell in trained], workers=workers,
+                         description=f"drift of {len(trained)} models", unit="model")
+    table = pd.concat(parts, ignore_index=True)
+    with whole_file(run_dir / "drift.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    return table
 
 
 def trained_cells(run_dir: Path) -> list[Cell]:

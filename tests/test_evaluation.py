@@ -8,7 +8,7 @@ import torch
 
 from carma_lib import evaluation
 from carma_lib.collation import encode
-from carma_lib.evaluation import (Conditions, evaluate_cell, evaluate_cells, evaluation_rows, replaced_rows,
+from carma_lib.evaluation import (Conditions, drift_of_cells, evaluate_cell, evaluate_cells, evaluation_rows, replaced_rows,
                                   trained_cells)
 from carma_lib.experiment import Cell, Settings, make_start
 from carma_lib.losses import CarmaConfig
@@ -123,3 +123,11 @@ def test_unknown_split_and_missing_models(run, tmp_path):
         evaluation_rows(run, TASK, Conditions(splits=("test_longest",)))
     with pytest.raises(FileNotFoundError, match="run notebook 02 first"):
         trained_cells(tmp_path)
+
+
+def test_drift_of_trained_cells_is_written(run):
+    cells = [Cell(TASK, method, seed) for method in ("untuned", "carma") for seed in (1, 2)]
+    table = drift_of_cells(run, cells, items=5)
+    assert set(table.method) == {"carma"} and set(table.layer) == {-1, 0, 1, 2} and len(table) == 8
+    assert table.drift.eq(0).all(), "the carma cells here are copies of their starts"
+    assert (table.perplexity == table.start_perplexity).all() and (run / "drift.csv").is_file()

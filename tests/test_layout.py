@@ -7,7 +7,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "carma_lib"
 ORDER = ["files", "losses", "constituents", "lexicon", "tagging", "tasks.schema", "tasks.sst", "tasks.wordnet",
          "tasks.controlled", "tasks.controlled_definitions", "tasks.controlled_opinions", "tasks", "perturbation",
-         "perturbation_quality", "models", "collation", "training", "experiment", "pooling", "results", "evaluation",
+         "perturbation_quality", "models", "collation", "training", "experiment", "pooling", "drift", "results", "evaluation",
          "intervals", "statistics", "inference", "comparisons", "tables", "figures", "report", "manifest", "pipeline", "__main__"]
 KNOW_NO_FILES = ["losses", "pooling", "intervals", "statistics", "inference", "comparisons"]
 
