@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from carma_lib.collation import Collator, encode, encode_text
 from carma_lib.models import Prompt
-from carma_lib.pooling import _evaluation_mode
+from carma_lib.pooling import evaluation_mode
 from carma_lib.training import decoder_blocks
 
 Batch = dict[str, Tensor]
@@ -43,7 +43,7 @@ def hidden_state_drift(model: nn.Module, start: nn.Module, batches: Iterable[Bat
         raise ValueError(f"model and start differ in (blocks, width), {shapes[0]} and {shapes[1]}: "
                          "pass the model that fine-tuning started from")
     layers = [_Layer() for _ in range(shapes[0][0] + 1)]
-    with _evaluation_mode(model), _evaluation_mode(start):
+    with evaluation_mode(model), evaluation_mode(start):
         for batch in (each for each in batches if each["attention_mask"].any()):
             for layer, *states in zip(layers, _states(model, batch), _states(start, batch), strict=True):
                 layer.add(*states)
@@ -60,7 +60,7 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> float:
     as for `hidden_state_drift`. `ValueError`: logits that are not finite, or no row of two real tokens.
     """
     total, predicted = 0.0, 0
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for batch in batches:
             inputs = _inputs(model, batch)
             ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()

@@ -109,7 +109,7 @@ def pooling_grid(
     lengths = positions[:, -1] + 1
 
     pooled = {}
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         with _recording(blocks, start_layers) as record:
             clean = _last_logits(model, mask.sum(dim=1), input_ids=input_ids)
         for layer, protocol in itertools.product(start_layers, protocols):
@@ -244,7 +244,7 @@ def _starting_at(blocks: nn.ModuleList, layer: int, stream: Tensor, returns_tupl
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Within: every module is in evaluation mode; afterwards each is in its own mode again."""
     training = [module for module in model.modules() if module.training]
     try:
