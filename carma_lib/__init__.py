@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,9 +13,6 @@ if TYPE_CHECKING:
     from carma_lib.perturbation import replace_synonyms
     from carma_lib.pooling import constituent_aware_pooling, pooling_grid
     from carma_lib.training import CarmaTrainer
-
-# `datasets` asks tqdm for a notebook widget; text does as well, and stays legible in a saved notebook.
-warnings.filterwarnings("ignore", message="IProgress not found")
 
 __version__ = "0.1.0"
 _HOMES = {

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from carma_lib.files import read_json, whole_file, write_json
-from carma_lib.manifest import MANIFEST, Notebook, Plan, RunError, make_plan, run_folder, source_of
+from carma_lib.manifest import MANIFEST, Notebook, Plan, RunError, make_plan, project_root, run_folder, source_of
 
-__all__ = ["execute", "publish", "run_folder", "tidy_notebook", "versions"]
+__all__ = ["execute", "project_root", "publish", "run_folder", "tidy_notebook", "versions"]
 
 
 def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
@@ -195,7 +195,7 @@ def tidy_notebook(path: Path) -> None:
         outputs: list[Any] = []
         for output in cell.outputs:
             if output.output_type == "stream":
-                if output.name == "stderr" and "\r" in output.text:
+                if output.name == "stderr" and ("\r" in output.text or "IProgress not found" in output.text):
                     continue
                 if outputs and outputs[-1].output_type == "stream" and outputs[-1].name == output.name:
                     outputs[-1].text += output.text

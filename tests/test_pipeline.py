@@ -211,6 +211,7 @@ def test_a_folder_in_use_is_left_alone(project, capsys):
 def test_progress_bars_and_widgets_are_tidied_away(tmp_path):
     cell = nbformat.v4.new_code_cell("x", execution_count=1, outputs=[
         nbformat.v4.new_output("stream", name="stderr", text="\r 10%"),
+        nbformat.v4.new_output("stream", name="stderr", text="TqdmWarning: IProgress not found."),
         nbformat.v4.new_output("stream", name="stdout", text="a"),
         nbformat.v4.new_output("stream", name="stdout", text="b\n"),
         nbformat.v4.new_output("stream", name="stderr", text="a warning\n")])
