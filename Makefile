@@ -11,11 +11,11 @@ TORCH ?= torch==2.13.0
 .PHONY: run install test bench clean
 
 run: install
-	$(BIN)/python -m carma_lib run --profile $(PROFILE) --resume $(ARGS)
+	$(BIN)/python -m carma_lib run --profile $(PROFILE) $(if $(findstring --fresh,$(ARGS)),,--resume) $(ARGS)
 
 install: $(BIN)/.installed
 
-# A CPU build of torch comes first where none is there: the newest one from the index would bring gigabytes of CUDA.
+# torch comes first, in one tried version: the newest one from the index may bring gigabytes of CUDA.
 $(BIN)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)

@@ -9,8 +9,8 @@ EPILOG = """examples:
   python -m carma_lib run                                   the embedded study (profile default)
   python -m carma_lib run --profile ci --dry-run            say what would be done, do nothing
   python -m carma_lib run --profile sst --resume            go on where a run stopped
-  python -m carma_lib run --profile sst --run-dir runs/long --set steps=4000 --set 02_finetune.seeds=[1,2,3,4]
-  python -m carma_lib publish --run-dir runs/default        executed copies → notebooks/
+  python -m carma_lib run --profile sst --run-dir runs/long --set batch_size=32 --set 02_finetune.seeds=[1,2,3,4]
+  python -m carma_lib publish                               executed copies of runs/default → notebooks/
 
 A run folder holds status.json, executed notebooks, data, models, results.parquet, tables, figures and
 report.html. The last line printed is the report's path. Exit code 0: done; 1: stopped, with the reason in one
@@ -33,8 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     how = run.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="skip what is done in the run folder")
     how.add_argument("--fresh", action="store_true", help="throw away what the run folder holds")
-    publish = commands.add_parser("publish", help="copy a run's executed notebooks into notebooks/")
-    publish.add_argument("--run-dir", type=Path, help="a finished run of the default profile (default: runs/default)")
+    commands.add_parser("publish", help="copy the executed notebooks of runs/default into notebooks/")
     return parser
 
 
@@ -45,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         if options.command == "publish":
-            for path in pipeline.publish(options.run_dir):
+            for path in pipeline.publish():
                 print(path)
             return 0
         settings = {}
@@ -56,13 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
             settings[name] = value
         plan = manifest.make_plan(options.profile, run_dir=options.run_dir, settings=settings)
         if options.dry_run:
+            pipeline.check_run_folder(plan, resume=options.resume, fresh=options.fresh)
             print(manifest.describe(plan, resume=options.resume))
             return 0
         report = pipeline.execute(plan, resume=options.resume, fresh=options.fresh)
     except manifest.RunError as error:
         print(f"carma_lib: {error}", file=sys.stderr)
         return 1
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"carma_lib: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

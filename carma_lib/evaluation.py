@@ -57,6 +57,8 @@ class Conditions:
         for name, known in (("protocols", PROTOCOLS), ("levels", LEVELS)):
             if unknown := set(getattr(self, name)) - set(known):
                 raise ValueError(f"unknown {name} {sorted(unknown)}; there are {', '.join(known)}")
+        if self.depth_shares and not (self.protocols and self.levels):
+            raise ValueError("pooling needs protocols and levels; leave depth_shares empty for none")
         if self.batch_size < 1 or self.test_items < 0 or self.pooled_items < 0:
             raise ValueError("batch_size must be at least 1, test_items and pooled_items at least 0")
 
@@ -71,6 +73,12 @@ def evaluation_rows(run_dir: Path, task: str, conditions: Conditions) -> dict[st
     if conditions.test_items:
         kept = {split: items.select(range(min(conditions.test_items, len(items)))) for split, items in kept.items()}
     return kept
+
+
+def answerable(rows: datasets.Dataset, tokenizer: Any, prompt: Prompt) -> datasets.Dataset:
+    """The rows whose answer is one token after the prompt (as published, so test sets differ by tokenizer)."""
+    kept = encode(rows, tokenizer, prefix=prompt.prefix, suffix=prompt.suffix, drop=True)
+    return kept.select_columns(rows.column_names)
 
 
 def replaced_rows(rows: datasets.Dataset, task: str, *, rate: float, seed: int,
@@ -170,6 +178,8 @@ def evaluate_cell(run_dir: Path, cell: Cell, conditions: Conditions) -> Path:
     prompt = task_prompt(cell.task, model.config.model_type, facts["start"])
     parts = []
     for split, rows in evaluation_rows(run_dir, cell.task, conditions).items():
+        if facts["start"] != "random":
+            rows = answerable(rows, tokenizer, prompt)
         replaced = {rate: replaced_rows(rows, cell.task, rate=rate, seed=conditions.replacement_seed,
                                         cache_dir=run_dir / "cache") for rate in conditions.rates}
         parts.append(evaluate_model(model, tokenizer, rows, prompt=prompt, replaced=replaced,
@@ -199,9 +209,9 @@ def drift_of_cell(run_dir: Path, cell: Cell, items: int) -> pd.DataFrame:
     start, _ = load_model(str(run_dir / "models" / replace(cell, method="untuned").place))
     facts = read_json(run_dir / "models" / cell.place / "cell.json")
     rows = load_task(run_dir / "data" / cell.task)["validation"]
-    drift, perplexity = compare_with_start(
-        model, start, tokenizer, rows.select(range(min(items, len(rows)))),
-        prompt=task_prompt(cell.task, model.config.model_type, facts["start"]))
+    prompt = task_prompt(cell.task, model.config.model_type, facts["start"])
+    rows = answerable(rows.select(range(min(items, len(rows)))), tokenizer, prompt)
+    drift, perplexity = compare_with_start(model, start, tokenizer, rows, prompt=prompt)
     return drift.assign(**asdict(cell), perplexity=perplexity["model"], start_perplexity=perplexity["start"])
 
 

@@ -94,7 +94,10 @@ def method_config(method: str, carma: CarmaConfig) -> CarmaConfig | None:
 
 
 def encode_task(run_dir: Path, task: str, model_type: str, settings: Settings) -> dict[str, datasets.Dataset]:
-    """The encoded training and validation rows; `training_items` of a seeded shuffle where they are limited."""
+    """The encoded training and validation rows; `training_items` of a seeded shuffle where they are limited.
+
+    For a pretrained start, rows whose answer is not one token of its tokenizer are left out (as published).
+    """
     rows = load_task(run_dir / "data" / task)
     tokenizer = load_tokenizer(str(run_dir / "tokenizers" / task))  # one folder a task, so that `datasets` caches
     prompt = task_prompt(task, model_type, settings.start)
@@ -102,8 +105,8 @@ def encode_task(run_dir: Path, task: str, model_type: str, settings: Settings) -
         kept = min(settings.training_items, len(rows["train"]))
         rows["train"] = rows["train"].shuffle(seed=0).select(range(kept))
     rows["validation"] = rows["validation"].select(range(min(settings.validation_items, len(rows["validation"]))))
-    return {split: encode(rows[split], tokenizer, prefix=prompt.prefix, suffix=prompt.suffix)
-            for split in ("train", "validation")}
+    return {split: encode(rows[split], tokenizer, prefix=prompt.prefix, suffix=prompt.suffix,
+                          drop=settings.start != "random") for split in ("train", "validation")}
 
 
 def task_prompt(task: str, model_type: str, start: str) -> Prompt:
@@ -197,25 +200,40 @@ def fine_tune(run_dir: Path, cell: Cell, settings: Settings) -> Path:
                            callbacks=[_progress_callback(work / "steps")])
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=any(work.glob("checkpoint-*")))
-    seconds = time.monotonic() - started
+    resumes = _whole_checkpoints(work)
+    trainer.train(resume_from_checkpoint=resumes)
+    seconds = float("nan") if resumes else round(time.monotonic() - started, 1)
     history = tidy_history(trainer.state.log_history).assign(**asdict(cell))
     with whole_folder(folder) as temporary:
         history.to_csv(temporary / "history.csv", index=False)
         _save(temporary, trainer.model, tokenizer, run_dir, cell, settings, budget=settings.steps,
-              seconds=round(seconds, 1), best_accuracy=trainer.state.best_metric)
+              training_rows=len(rows["train"]), seconds=seconds, best_accuracy=trainer.state.best_metric)
     shutil.rmtree(work)
     return folder
 
 
+def _whole_checkpoints(work: Path) -> bool:
+    """Whether there is a checkpoint to go on from; one cut short while it was written is thrown away first."""
+    for checkpoint in work.glob("checkpoint-*"):
+        if not (checkpoint / "trainer_state.json").is_file():  # what the trainer writes last
+            shutil.rmtree(checkpoint)
+    return any(work.glob("checkpoint-*"))
+
+
 def tidy_history(log: list[dict[str, float]]) -> pd.DataFrame:
-    """The trainer's log as a table: one row a step that logged; evaluation columns start with `validation_`."""
+    """The trainer's log as a table: one row a step that logged; evaluation columns start with `validation_`.
+
+    Where no term was added, the loss is the task's loss.
+    """
     rows: dict[int, dict[str, float]] = {}
     for entry in log[:-1]:  # the last one sums up the whole training
         row = rows.setdefault(entry["step"], {})
         row.update({name.replace("eval_", "validation_"): value for name, value in entry.items()
                     if not name.endswith(("_runtime", "_per_second"))})
-    return pd.DataFrame(list(rows.values()))
+    history = pd.DataFrame(list(rows.values()))
+    for name in ("task_loss", "weighted_task_loss"):
+        history[name] = history[name].fillna(history["loss"]) if name in history else history["loss"]
+    return history
 
 
 def _progress_callback(path: Path) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from carma_lib.files import fingerprint, read_json
+from carma_lib.tasks.controlled import lexicon_file
 
 MANIFEST = "nbs_ci.yml"
 
@@ -40,10 +41,11 @@ class Plan:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Per notebook: its parameters, its source, the library, and all that of the notebooks before it."""
-        library = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))
+        """Per notebook: its parameters and source, the library and lexicon, and all that of the notebooks before."""
+        package = Path(__file__).parent
+        library = [path.read_text(encoding="utf-8") for path in sorted([*package.rglob("*.py"), *package.glob("*.csv")])
                    if path.name not in ("manifest.py", "pipeline.py", "__main__.py", "report.py")]
-        before, result = fingerprint(library), {}
+        before, result = fingerprint(library, lexicon_file().read_text(encoding="utf-8")), {}
         for notebook in self.notebooks:
             before = fingerprint(before, self.parameters[notebook.name], source_of(notebook.path))
             result[notebook.name] = before
@@ -65,8 +67,13 @@ def read_manifest(root: Path) -> tuple[list[Notebook], dict[str, dict[str, dict[
         notebooks = [Notebook(entry["name"], root / "notebooks" / f"{entry['name']}.ipynb",
                               tuple(entry["needs"]), tuple(entry["makes"]), int(entry["cell_seconds"]),
                               int(entry["total_seconds"])) for entry in manifest["notebooks"]]
-        return notebooks, {name: profile or {} for name, profile in manifest["profiles"].items()}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        profiles = {name: profile or {} for name, profile in manifest["profiles"].items()}
+        if not all(isinstance(profile, dict) and all(isinstance(parameters, dict) or parameters is False
+                                                     for parameters in profile.values())
+                   for profile in profiles.values()):
+            raise TypeError("a profile holds notebook: {parameter: value}, or notebook: false")
+        return notebooks, profiles
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise RunError(f"{root / MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -103,16 +110,22 @@ def _declared_parameters(notebook: Notebook) -> dict[str, Any]:
 
     if not notebook.path.is_file():
         raise RunError(f"{MANIFEST} lists {notebook.name}, but {notebook.path} is missing")
-    declared = papermill.inspect_notebook(str(notebook.path))
-    if not declared:
+    try:
+        declared = papermill.inspect_notebook(str(notebook.path))
+        known = {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
+    except (ValueError, SyntaxError) as error:
+        raise RunError(f"{notebook.path} cannot be read: {type(error).__name__}: {error}") from error
+    if not known:
         raise RunError(f"{notebook.name} has no cell tagged 'parameters'")
-    return {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
+    return known
 
 
 def _apply_settings(settings: dict[str, str], chosen: dict[str, dict[str, Any]],
                     known: dict[str, dict[str, Any]]) -> None:
     for key, literal in settings.items():
         notebook, _, name = key.rpartition(".")
+        if name == "run_dir":
+            raise RunError("run_dir is one for all notebooks: use --run-dir")
         targets = [notebook] if notebook else [target for target in known if name in known[target]]
         if not targets or any(target not in known or name not in known[target] for target in targets):
             available = sorted({name for parameters in known.values() for name in parameters})

@@ -109,13 +109,13 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
 
 
 def load_model(name_or_folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A causal language model and its fast tokenizer, from a local folder or the hub; never runs remote code.
+    """A causal language model in float32 and its fast tokenizer, from a folder or the hub; never runs remote code.
 
     Raises `ModelNotFound` for an absent or gated model, `TypeError` for one without a fast tokenizer.
     """
     tokenizer = load_tokenizer(name_or_folder)
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_folder), tokenizer
+        return AutoModelForCausalLM.from_pretrained(name_or_folder, dtype=torch.float32), tokenizer
     except (OSError, ValueError) as error:
         raise _not_found(name_or_folder, "causal language model") from error
 

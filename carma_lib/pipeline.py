@@ -11,15 +11,20 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # no such lock on Windows
+    fcntl = None
+
 from carma_lib.files import read_json, whole_file, write_json
 from carma_lib.manifest import MANIFEST, Notebook, Plan, RunError, make_plan, project_root, run_folder, source_of
 
-__all__ = ["execute", "project_root", "publish", "run_folder", "tidy_notebook", "versions"]
+__all__ = ["check_run_folder", "execute", "project_root", "publish", "run_folder", "tidy_notebook", "versions"]
 
 
 def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
@@ -47,67 +52,65 @@ def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
 
 @contextmanager
 def _only_run_in(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for this process; a lock left by a process that is gone does not count."""
+    """Hold the run folder for this process; the system lets go when the process ends, however it ends."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = run_dir / "lock"
-    try:
-        with open(lock, "x", encoding="utf-8") as file:
-            file.write(str(os.getpid()))
-    except FileExistsError:
-        holder = lock.read_text(encoding="utf-8").strip()
-        if holder.isdigit() and _is_alive(int(holder)):
-            raise RunError(f"{run_dir} is in use by process {holder}; wait for it, or give another --run-dir"
-                           ) from None
-        lock.write_text(str(os.getpid()), encoding="utf-8")
-    try:
+    with open(run_dir / "lock", "a+", encoding="utf-8") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{run_dir} is in use by another run; wait for it, or give another --run-dir") from None
         yield
-    finally:
-        lock.unlink(missing_ok=True)
 
 
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def check_run_folder(plan: Plan, *, resume: bool, fresh: bool) -> None:
+    """`RunError` where the run folder holds something that this run may neither go on with nor throw away."""
+    status = read_json(plan.run_dir / "status.json")
+    if status is None:
+        if plan.run_dir.is_dir() and any(path.name != "lock" for path in plan.run_dir.iterdir()):
+            raise RunError(f"{plan.run_dir} holds files but no run of this runner; give another --run-dir, "
+                           "or empty it yourself")
+        return
+    if not (resume or fresh):
+        raise RunError(f"{plan.run_dir} already holds a run; add --resume to go on with it, --fresh to start anew")
+    done = {name: entry for name, entry in status["notebooks"].items()
+            if entry["state"] == "done" and name in plan.parameters}
+    for name, entry in done.items() if resume else ():
+        old, new = entry["parameters"], plan.parameters[name]
+        if old != new:
+            keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+            raise RunError(f"{plan.run_dir} holds a run with other parameters ({name}: {', '.join(keys)}); "
+                           "give another --run-dir, or --fresh to start anew")
+        if entry["fingerprint"] != plan.fingerprints[name]:
+            raise RunError(f"{plan.run_dir} was made by another state of the code or notebooks (first: {name}); "
+                           "--fresh starts anew, another --run-dir keeps both")
 
 
 def _open_status(plan: Plan, *, resume: bool, fresh: bool) -> dict[str, Any]:
-    status_file = plan.run_dir / "status.json"
-    before = read_json(status_file)
-    if before is not None and not (resume or fresh):
-        raise RunError(f"{plan.run_dir} already holds a run; add --resume to go on with it, --fresh to start anew")
-    if before is not None and resume:
-        changed = {name: entry["parameters"] for name, entry in before["notebooks"].items()
-                   if name in plan.parameters and entry["parameters"] != plan.parameters[name]}
-        if changed:
-            name, old = next(iter(changed.items()))
-            keys = sorted(key for key in {*old, *plan.parameters[name]}
-                          if old.get(key) != plan.parameters[name].get(key))
-            raise RunError(f"{plan.run_dir} holds a run with other parameters ({name}: {', '.join(keys)}); "
-                           "give another --run-dir, or --fresh to start anew")
-        stale = [name for name, mark in plan.fingerprints.items()
-                 if before["notebooks"].get(name, {"fingerprint": mark})["fingerprint"] != mark]
-        if stale:
-            raise RunError(f"{plan.run_dir} was made by another state of the code or notebooks (first: {stale[0]}); "
-                           "--fresh starts anew, another --run-dir keeps both")
-    if before is None or fresh:
+    check_run_folder(plan, resume=resume, fresh=fresh)
+    status = read_json(plan.run_dir / "status.json")
+    if status is None or fresh:
         for path in plan.run_dir.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        before = {"profile": plan.profile, "notebooks": {}}
+        status = {"profile": plan.profile, "notebooks": {}}
     for name, mark in plan.fingerprints.items():
-        before["notebooks"].setdefault(name, {"state": "waiting", "fingerprint": mark,
-                                              "parameters": plan.parameters[name]})
-    write_json(status_file, before)
-    return before
+        if status["notebooks"].get(name, {}).get("state") != "done":
+            status["notebooks"][name] = {"state": "waiting", "fingerprint": mark,
+                                         "parameters": plan.parameters[name]}
+    write_json(plan.run_dir / "status.json", status)
+    return status
+
+
+def _absent(plan: Plan, patterns: Iterable[str]) -> list[str]:
+    """The patterns that nothing whole in the run folder fits; hidden names are files half written."""
+    return [pattern for pattern in patterns
+            if not any(all(not part.startswith(".") for part in path.relative_to(plan.run_dir).parts)
+                       for path in plan.run_dir.glob(pattern))]
 
 
 def _makes_present(plan: Plan, notebook: Notebook) -> bool:
-    return all(any(plan.run_dir.glob(pattern)) for pattern in notebook.makes)
+    return not _absent(plan, notebook.makes)
 
 
 def _run_one(plan: Plan, notebook: Notebook, status: dict[str, Any]) -> None:
@@ -115,7 +118,7 @@ def _run_one(plan: Plan, notebook: Notebook, status: dict[str, Any]) -> None:
     from nbclient.exceptions import CellTimeoutError
 
     entry = status["notebooks"][notebook.name]
-    missing = [pattern for pattern in notebook.needs if not any(plan.run_dir.glob(pattern))]
+    missing = _absent(plan, notebook.needs)
     if missing:
         raise RunError(f"{notebook.name} needs {missing[0]} in {plan.run_dir}, which is not there; "
                        "run the notebooks before it")
@@ -206,26 +209,25 @@ def tidy_notebook(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-def publish(run_dir: Path | None = None) -> list[Path]:
-    """Copy the executed notebooks of a finished default run into `notebooks/`.
+def publish() -> list[Path]:
+    """Copy the executed notebooks of the finished default run into `notebooks/`, all or none.
 
-    Raises `RunError` if the run is not of the default profile's own parameters, is not done, or the notebooks'
-    sources have changed since.
+    Raises `RunError` if a notebook is not done, or it or the library has changed since.
     """
-    plan = make_plan("default", run_dir=run_dir)
+    plan = make_plan("default")
     status = read_json(plan.run_dir / "status.json") or {"notebooks": {}}
-    written = []
-    for notebook in plan.notebooks:
-        copy = plan.run_dir / "notebooks" / f"{notebook.name}.ipynb"
-        if status["notebooks"].get(notebook.name, {}).get("state") != "done":
+    copies = {notebook: plan.run_dir / "notebooks" / f"{notebook.name}.ipynb" for notebook in plan.notebooks}
+    for notebook, copy in copies.items():
+        entry = status["notebooks"].get(notebook.name, {})
+        if entry.get("state") != "done":
             raise RunError(f"{notebook.name} is not done in {plan.run_dir}; finish the run first")
-        if source_of(copy) != source_of(notebook.path):
-            raise RunError(f"{notebook.name} has changed since the run in {plan.run_dir}, or ran with other "
-                           "parameters; run it again")
+        if entry["fingerprint"] != plan.fingerprints[notebook.name] or source_of(copy) != source_of(notebook.path):
+            raise RunError(f"{notebook.name} or the library has changed since the run in {plan.run_dir}; "
+                           "run it again")
+    for notebook, copy in copies.items():
         with whole_file(notebook.path) as temporary:
             temporary.write_bytes(copy.read_bytes())
-        written.append(notebook.path)
-    return written
+    return [notebook.path for notebook in copies]
 
 
 def versions() -> str:

@@ -50,6 +50,9 @@ def test_training_starts_from_the_untuned_model_and_is_done_once(run):
     history = read_histories(run)
     assert set(history.step) == {3, 6} and history.validation_accuracy.notna().all()
     assert history[["task_loss", "mutual_information", "stability"]].notna().all().all()
+    fine_tune(run, Cell(TASK, "fine_tuning", 1), SETTINGS)
+    plain = read_histories(run).query("method == 'fine_tuning'")
+    assert (plain.task_loss == plain.loss).all() and (plain.weighted_task_loss == plain.loss).all()
 
 
 def test_other_settings_or_data_are_not_taken_for_done(run):
@@ -93,6 +96,9 @@ def test_a_training_broken_off_goes_on_to_the_same_weights(run, tmp_path, monkey
         fine_tune(tmp_path, cell, SETTINGS)
     assert not is_done(tmp_path, cell, SETTINGS) and not (tmp_path / "models" / cell.place).exists()
     assert list((tmp_path / "work" / cell.place).glob("checkpoint-3"))
+    torn = tmp_path / "work" / cell.place / "checkpoint-4"  # killed while it was written
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
     monkeypatch.setattr(training.CarmaTrainer, "training_step", whole)
     fine_tune(tmp_path, cell, SETTINGS)
     assert same(weights(run, "carma"), weights(tmp_path, "carma"))
@@ -157,3 +163,32 @@ def test_unknown_names_and_missing_data(tmp_path):
         run_parallel(abs, [(1,)], workers=0, description="x")
     with pytest.raises(FileNotFoundError, match="run notebook 02 first"):
         read_histories(tmp_path)
+
+
+def test_a_pretrained_folder_is_a_start_and_rows_of_several_token_answers_are_left_out(run, tmp_path):
+    from dataclasses import replace
+
+    from carma_lib.evaluation import Conditions, drift_of_cells, evaluate_cells
+    from carma_lib.models import small_model, train_tokenizer
+    from carma_lib.results import read_results
+    from carma_lib.tasks import load_task
+
+    task = "controlled_inverse_dictionary"
+    rows = build_task(task, tmp_path / "data" / task)
+    known = sorted(rows["train"].unique("target"))[:150]
+    tokenizer = train_tokenizer(rows["train"]["text"], vocabulary_size=400, whole_tokens=known)
+    for part in (small_model("llama", tokenizer, layers=2, width=16, heads=2), tokenizer):
+        part.save_pretrained(tmp_path / "pretrained")
+    settings = replace(SETTINGS, start=str(tmp_path / "pretrained"), training_items=0)
+    cell = Cell(task, "carma", 1)
+    train_cells(tmp_path, [cell], settings)
+    facts = json.loads((tmp_path / "models" / cell.place / "cell.json").read_text())
+    expected = sum(target in known for target in rows["train"]["target"])
+    assert 0 < facts["training_rows"] == expected < len(rows["train"])
+    conditions = Conditions(rates=(0.25,), depth_shares=(1.0,), protocols=("mean",), levels=("word",),
+                            splits=("test_seen",), test_items=30)
+    results = read_results(evaluate_cells(tmp_path, [cell], conditions))
+    asked = [target for target in load_task(tmp_path / "data" / task)["test_seen"]["target"][:30] if target in known]
+    assert results[results.condition == "replaced"].target.astype(str).tolist() == asked
+    cells = [Cell(task, "untuned", 1), cell]
+    assert drift_of_cells(tmp_path, cells, items=20).drift.gt(0).any()

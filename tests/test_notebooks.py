@@ -34,12 +34,16 @@ def wait_for(condition, process):
         time.sleep(0.3)
 
 
-def of_this_run(run_dir):
-    """Processes that still have the run's folder in their environment or arguments."""
+def children(process):
     import psutil
 
-    return [each.pid for each in psutil.process_iter(["cmdline"])
-            if any(str(run_dir) in part for part in each.info["cmdline"] or [])]
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def all_gone(processes):
+    import psutil
+
+    return not psutil.wait_procs(processes, timeout=60)[1]
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +93,21 @@ def test_interrupted_and_killed_run_resumed_gives_the_same_tables(unbroken, tmp_
     run_dir = tmp_path / "run"
     process = start(run_dir)
     wait_for(lambda: any(run_dir.glob("models/*/carma/seed-*/cell.json")), process)
+    helpers = children(process)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 130, output[-2000:]
+    assert helpers and all_gone(helpers)
     assert "interrupted; what is done is kept, --resume goes on from there" in output.strip().split("\n")[-1]
     assert read_json(run_dir / "status.json")["notebooks"]["02_finetune"]["state"] == "interrupted"
     assert not (run_dir / "report.html").exists() and not (run_dir / "notebooks" / "02_finetune.ipynb").exists()
 
     process = start(run_dir, "--resume")
     wait_for(lambda: any(run_dir.glob("parts/*/*/*.parquet")), process)
+    helpers = children(process)
     process.kill()
-    process.communicate()
+    process.wait()
+    assert helpers and all_gone(helpers)
     assert not (run_dir / "results.parquet").exists()
 
     done = subprocess.run(command(run_dir, "--resume"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -109,4 +117,3 @@ def test_interrupted_and_killed_run_resumed_gives_the_same_tables(unbroken, tmp_
     pd.testing.assert_frame_equal(read_results(run_dir), read_results(unbroken))
     for table in sorted((unbroken / "tables").glob("*.csv")):
         assert (run_dir / "tables" / table.name).read_bytes() == table.read_bytes(), table.name
-    assert of_this_run(run_dir) == []

@@ -41,7 +41,7 @@ def test_committed_notebook(path):
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "one run, from top to bottom"
-    assert not any(output.output_type in ("error", "stderr") for cell in code for output in cell.outputs)
+    assert not any(output.output_type == "error" or output.get("name") == "stderr" for cell in code for output in cell.outputs)
     assert "widgets" not in notebook.metadata
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
     assert not any("injected-parameters" in cell.metadata.get("tags", []) for cell in code)
@@ -97,7 +97,7 @@ def test_run_resume_and_publish(project, capsys):
     report = capsys.readouterr().out.strip().split("\n")[-1]
     assert report == str(project / "runs" / "default" / "report.html") and Path(report).stat().st_size > 1000
     run = project / "runs" / "default"
-    assert (run / "made.txt").read_text() == "2" and not (run / "lock").exists()
+    assert (run / "made.txt").read_text() == "2"
     assert {path.name: path.read_bytes() for path in (project / "notebooks").iterdir()} == before, "checkout is clean"
     states = {name: entry["state"] for name, entry in read_json(run / "status.json")["notebooks"].items()}
     assert states == {"01_first": "done", "02_second": "done"}
@@ -123,6 +123,7 @@ def test_run_resume_and_publish(project, capsys):
     (["--set", "steps=many"], "01_first: 'steps' takes int, such as 2, not 'many'"),
     (["--set", "fail=1"], "02_second: 'fail' takes bool, such as False, not 1"),
     (["--set", "steps"], "--set takes NAME=VALUE, not 'steps'"),
+    (["--set", "run_dir=x"], "use --run-dir"),
 ])
 def test_refused_before_a_cell_runs(project, capsys, arguments, message):
     assert main(["run", *arguments]) == 1
@@ -141,6 +142,8 @@ def test_an_integer_will_do_for_a_float(project):
     lambda manifest: manifest["profiles"].update(default={"01_first": {"stepps": 1}}),
     lambda manifest: manifest["notebooks"].append({**manifest["notebooks"][0], "name": "09_lost"}),
     lambda manifest: manifest.pop("notebooks"),
+    lambda manifest: manifest["notebooks"][0].update(cell_seconds="ten"),
+    lambda manifest: manifest["profiles"].update(default=["01_first"]),
 ])
 def test_a_wrong_manifest_is_refused(project, capsys, damage):
     content = yaml.safe_load((project / "nbs_ci.yml").read_text())
@@ -165,9 +168,10 @@ def test_first_failure_stops_with_cell_and_error_then_resumes(project, capsys):
     assert (run / "notebooks" / "02_second.failed.ipynb").is_file()
     assert not (run / "notebooks" / "02_second.ipynb").exists() and not (run / "report.html").exists()
     assert read_json(run / "status.json")["notebooks"]["02_second"]["state"] == "failed"
-    assert main(["run", "--profile", "broken", "--resume", "--set", "fail=False"]) == 1
-    assert "other parameters (02_second: fail)" in capsys.readouterr().err
-    assert main(["run", "--profile", "broken", "--fresh", "--set", "fail=False"]) == 0
+    assert main(["run", "--profile", "broken", "--resume", "--set", "steps=3"]) == 1
+    assert "other parameters (01_first: steps)" in capsys.readouterr().err
+    assert main(["run", "--profile", "broken", "--resume", "--set", "fail=False"]) == 0, "what failed may be mended"
+    assert "01_first: done before, skipped" in capsys.readouterr().out
     assert not (run / "notebooks" / "02_second.failed.ipynb").exists()
 
 
@@ -198,14 +202,51 @@ def test_changed_code_is_not_taken_for_the_same(project, capsys):
     assert "has changed since the run" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the lock is the system's")
 def test_a_folder_in_use_is_left_alone(project, capsys):
+    import fcntl
+
     run = project / "runs" / "default"
     run.mkdir(parents=True)
-    (run / "lock").write_text(str(os.getpid()))
-    assert main(["run"]) == 1
-    assert f"in use by process {os.getpid()}" in capsys.readouterr().err
-    (run / "lock").write_text("4194999")  # no such process: left by one that was killed
+    with open(run / "lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["run"]) == 1
+    assert "is in use by another run" in capsys.readouterr().err
+    assert main(["run"]) == 0, "a lock file that nobody holds is nothing"
+
+
+@pytest.mark.parametrize("how", [[], ["--fresh"], ["--resume"], ["--dry-run"]])
+def test_files_that_are_no_run_are_never_thrown_away(project, capsys, how):
+    (project / "thesis").mkdir()
+    (project / "thesis" / "chapter.txt").write_text("years of work")
+    assert main(["run", "--run-dir", "thesis", *how]) == 1
+    assert "holds files but no run of this runner" in capsys.readouterr().err
+    assert (project / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_half_written_files_are_not_taken_for_whole(project, capsys):
     assert main(["run"]) == 0
+    run = project / "runs" / "default"
+    (run / "end.txt").rename(run / ".end-x1.txt")
+    assert main(["run", "--resume"]) == 0
+    assert "02_second: done in" in capsys.readouterr().out
+
+
+def test_every_command_that_the_readme_and_help_show_makes_a_plan():
+    import re
+    import shlex
+
+    from carma_lib.__main__ import EPILOG, build_parser
+
+    shown = re.findall(r"-m carma_lib (run[^\n#]*)", EPILOG + (ROOT / "README.md").read_text())
+    assert len(shown) >= 6
+    for line in shown:
+        words = shlex.split(re.split(r"  +", line.strip())[0])
+        if "--help" in words:
+            continue
+        options = build_parser().parse_args(words)
+        settings = dict(setting.split("=", 1) for setting in options.settings)
+        assert manifest.make_plan(options.profile, run_dir=options.run_dir, settings=settings, root=ROOT).notebooks
 
 
 def test_progress_bars_and_widgets_are_tidied_away(tmp_path):

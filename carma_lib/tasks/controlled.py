@@ -52,7 +52,7 @@ def load_lexicon(path: str | Path | None = None) -> Lexicon:
     Raises LexiconError in one line for a file that is missing, empty or no YAML, and for the first entry
     that breaks the format written at the top of `data/lexicon.yml`.
     """
-    path = Path(path) if path is not None else _own_file()
+    path = Path(path) if path is not None else lexicon_file()
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -77,7 +77,7 @@ def controlled_synonyms(lexicon: Lexicon | None = None) -> dict[str, list[str]]:
     return dict((lexicon or load_lexicon()).synonyms)
 
 
-def _own_file() -> Path:
+def lexicon_file() -> Path:
     """In an installed package beside the code, in a checkout at the top."""
     package = Path(__file__).resolve().parents[1]
     packaged = package / "data" / "lexicon.yml"

@@ -57,7 +57,7 @@ def parse_tree(line: str) -> Tree:
                 raise ValueError(f"not a labelled tree (a bracket too many): {line[:60]!r}")
             nodes[open_nodes.pop()][2] = len(words)
         elif expects_label:
-            if token not in "01234":
+            if token not in tuple("01234"):
                 raise ValueError(f"not a labelled tree (label {token!r} is not 0 to 4): {line[:60]!r}")
             open_nodes.append(len(nodes))
             nodes.append([int(token), len(words), -1])
