@@ -221,19 +221,13 @@ def _whole_checkpoints(work: Path) -> bool:
 
 
 def tidy_history(log: list[dict[str, float]]) -> pd.DataFrame:
-    """The trainer's log as a table: one row a step that logged; evaluation columns start with `validation_`.
-
-    Where no term was added, the loss is the task's loss.
-    """
+    """The trainer's log as a table: one row a step that logged; evaluation columns start with `validation_`."""
     rows: dict[int, dict[str, float]] = {}
     for entry in log[:-1]:  # the last one sums up the whole training
         row = rows.setdefault(entry["step"], {})
         row.update({name.replace("eval_", "validation_"): value for name, value in entry.items()
                     if not name.endswith(("_runtime", "_per_second"))})
-    history = pd.DataFrame(list(rows.values()))
-    for name in ("task_loss", "weighted_task_loss"):
-        history[name] = history[name].fillna(history["loss"]) if name in history else history["loss"]
-    return history
+    return pd.DataFrame(list(rows.values()))
 
 
 def _progress_callback(path: Path) -> Any:
@@ -329,8 +323,11 @@ def _quiet() -> None:
 
 
 def read_histories(run_dir: Path) -> pd.DataFrame:
-    """The training histories of all finished cells of a run in one table."""
+    """The training histories of all finished cells of a run in one table; plain fine-tuning's loss is its task loss."""
     files = sorted((run_dir / "models").glob("*/*/seed-*/history.csv"))
     if not files:
         raise FileNotFoundError(f"no trained model in {run_dir}: run notebook 02 first")
-    return pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    history = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    for name in ("task_loss", "weighted_task_loss"):
+        history[name] = history[name].fillna(history["loss"]) if name in history else history["loss"]
+    return history
