@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"carma_lib: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        pipeline.wait_for_kernels()
         print("\ncarma_lib: interrupted; what is done is kept, --resume goes on from there", file=sys.stderr)
         return 130
     print(report)

@@ -168,6 +168,13 @@ def _kernel_config() -> Any:
     return Config({"KernelManager": {"transport": "ipc" if os.name == "posix" else "tcp"}})
 
 
+def wait_for_kernels(seconds: float = 20) -> None:
+    """Let interrupted kernels and their workers end, so that what they still print comes before our last line."""
+    import psutil
+
+    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=seconds)
+
+
 def _failure(error: BaseException, notebook: Notebook, out_of_time: bool, cell_timeout: bool) -> tuple[str, str]:
     """Where and why a notebook stopped, each in a few words."""
     import papermill

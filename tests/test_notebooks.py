@@ -98,7 +98,7 @@ def test_interrupted_and_killed_run_resumed_gives_the_same_tables(unbroken, tmp_
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 130, output[-2000:]
     assert helpers and all_gone(helpers)
-    assert "interrupted; what is done is kept, --resume goes on from there" in output.strip().split("\n")[-1]
+    assert "carma_lib: interrupted; what is done is kept, --resume goes on from there" in output
     assert read_json(run_dir / "status.json")["notebooks"]["02_finetune"]["state"] == "interrupted"
     assert not (run_dir / "report.html").exists() and not (run_dir / "notebooks" / "02_finetune.ipynb").exists()
 
