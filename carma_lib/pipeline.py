@@ -9,6 +9,7 @@ import _thread
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -165,7 +166,9 @@ def _kernel_config() -> Any:
     """Kernels talk over local sockets where there are such: no open port, and no warning about one."""
     from traitlets.config import Config
 
-    return Config({"KernelManager": {"transport": "ipc" if os.name == "posix" else "tcp"}})
+    if os.name != "posix":
+        return Config()
+    return Config({"KernelManager": {"transport": "ipc", "ip": f"{tempfile.gettempdir()}/carma-{os.getpid()}"}})
 
 
 def wait_for_kernels(seconds: float = 20) -> None:
