@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pandas as pd
@@ -18,13 +18,11 @@ from carma_lib.collation import Collator, encode
 from carma_lib.drift import compare_with_start
 from carma_lib.experiment import Cell, run_parallel, task_prompt
 from carma_lib.files import fingerprint, read_json, whole_file
-from carma_lib.lexicon import synonym_forms
 from carma_lib.models import Prompt, load_model
-from carma_lib.perturbation import replace_all
+from carma_lib.perturbation import replaced_rows
 from carma_lib.pooling import PROTOCOLS, pooling_grid, start_layers_from_depth
 from carma_lib.results import RESULT_COLUMNS, read_results, write_results
 from carma_lib.tasks import load_task, task_named
-from carma_lib.tasks.controlled import controlled_synonyms
 
 LEVELS = ("word", "phrase")
 
@@ -81,53 +79,65 @@ def answerable(rows: datasets.Dataset, tokenizer: Any, prompt: Prompt) -> datase
     return kept.select_columns(rows.column_names)
 
 
-def replaced_rows(rows: datasets.Dataset, task: str, *, rate: float, seed: int,
-                  cache_dir: Path) -> tuple[datasets.Dataset, list[int]]:
-    """The rows with synonyms in their texts, and how many words of each were replaced.
-
-    The target word and its forms are never introduced into a definition.
-    """
-    known = task_named(task)
-    replaced = replace_all(
-        rows["text"], rate=rate, seed=seed, item_ids=rows["item_id"], cache_dir=cache_dir,
-        source=controlled_synonyms() if known.synonyms == "controlled" else synonym_forms,
-        forbidden=rows["target"] if known.kind == "inverse_dictionary" else None)
-    changed = rows.remove_columns(["text", "phrases"]).add_column("text", [each.text for each in replaced])
-    return changed.add_column("phrases", [[] for _ in replaced], feature=rows.features["phrases"]), \
-        [each.made for each in replaced]
-
-
 def evaluate_model(model: Any, tokenizer: Any, rows: datasets.Dataset, *, prompt: Prompt,
                    replaced: dict[float, tuple[datasets.Dataset, list[int]]],
                    conditions: Conditions) -> pd.DataFrame:
     """All conditions of one split: item_id, target and the columns from `condition` on of the result table."""
-    depth = model.config.num_hidden_layers
-    layers = start_layers_from_depth(depth, conditions.depth_shares)
-    shares = {layer: share for layer, share in zip(reversed(layers), reversed(conditions.depth_shares))}
-    parts = [_answers(model, tokenizer, rows, prompt, conditions, {}, "word")]
+    shares = shares_by_layer(model.config.num_hidden_layers, conditions.depth_shares)
+
+    def asked(items: datasets.Dataset, shares: dict[int, float], level: str) -> pd.DataFrame:
+        prompts = prompts_of(items, tokenizer, prompt, level=level, batch_size=conditions.batch_size)
+        return answers(model, tokenizer, prompts, shares=shares, protocols=conditions.protocols, level=level)
+
+    parts = [asked(rows, {}, "word")]
     pooled = rows.select(range(min(conditions.pooled_items or len(rows), len(rows))))
     for level in conditions.levels if conditions.depth_shares and conditions.protocols else ():
-        parts.append(_answers(model, tokenizer, pooled, prompt, conditions, shares, level))
+        parts.append(asked(pooled, shares, level))
     for rate, (texts, changed) in replaced.items():
-        part = _answers(model, tokenizer, texts, prompt, conditions, {}, "word")
-        parts.append(part.assign(condition="replaced", rate=rate, changed=changed))
+        parts.append(asked(texts, {}, "word").assign(condition="replaced", rate=rate, changed=changed))
     return pd.concat(parts, ignore_index=True)
 
 
-@torch.no_grad()
-def _answers(model: Any, tokenizer: Any, rows: datasets.Dataset, prompt: Prompt, conditions: Conditions,
-             shares: dict[int, float], level: str) -> pd.DataFrame:
-    """Clean answers where `shares` is empty, else pooled ones for each start layer and protocol."""
+def shares_by_layer(depth: int, depth_shares: Sequence[float]) -> dict[int, float]:
+    """Start layer → share of depth; of shares that name one layer the first is kept."""
+    layers = start_layers_from_depth(depth, depth_shares)
+    return {layer: share for layer, share in zip(reversed(layers), reversed(depth_shares))}
+
+
+class Prompts(NamedTuple):
+    """Rows as padded batches of like length, made once for any number of models: `places` are rows' numbers."""
+
+    item_ids: list[str]
+    targets: list[str]
+    places: list[list[int]]
+    batches: list[dict[str, torch.Tensor]]
+
+
+def prompts_of(rows: datasets.Dataset, tokenizer: Any, prompt: Prompt, *, level: str = "word",
+               batch_size: int = 64) -> Prompts:
+    """The encoded rows of a split (see `collation.encode`) in batches, short ones first."""
     encoded = encode(rows, tokenizer, prefix=prompt.prefix, suffix=prompt.suffix, level=level)
     order = sorted(range(len(encoded)), key=lambda row: encoded["length"][row])
-    collate, device = Collator(tokenizer), next(model.parameters()).device
+    places = [order[first:first + batch_size] for first in range(0, len(order), batch_size)]
+    collate = Collator(tokenizer)
+    return Prompts(list(rows["item_id"]), list(rows["target"]), places,
+                   [collate([encoded[place] for place in some]) for some in places])
+
+
+@torch.no_grad()
+def answers(model: Any, tokenizer: Any, prompts: Prompts, *, shares: dict[int, float] | None = None,
+            protocols: Sequence[str] = PROTOCOLS, level: str = "word") -> pd.DataFrame:
+    """Clean answers without `shares` (start layer → share of depth), else pooled ones by layer and protocol.
+
+    Columns: item_id, target, and those from `condition` on of the result table, but `source`.
+    """
+    device, shares = next(model.parameters()).device, shares or {}
     pieces: dict[tuple[int, str], list[pd.DataFrame]] = {}
     model.eval()
-    for first in range(0, len(order), conditions.batch_size):
-        places = order[first:first + conditions.batch_size]
-        batch = {name: value.to(device) for name, value in collate([encoded[place] for place in places]).items()}
+    for places, batch in zip(prompts.places, prompts.batches):
+        batch = {name: value.to(device) for name, value in batch.items()}
         grid = pooling_grid(model, batch["input_ids"], batch["attention_mask"], batch["constituent_ids"],
-                            start_layers=list(shares), protocols=conditions.protocols if shares else ())
+                            start_layers=list(shares), protocols=protocols if shares else ())
         changed = grid.changed.cpu().numpy() if shares else 0
         for key, logits in (grid.pooled if shares else {(-1, ""): grid.clean}).items():
             pieces.setdefault(key, []).append(_score(logits, batch["target_ids"]).assign(
@@ -136,12 +146,12 @@ def _answers(model: Any, tokenizer: Any, rows: datasets.Dataset, prompt: Prompt,
     for (layer, protocol), piece in pieces.items():
         frame = pd.concat(piece).sort_values("row")
         frames.append(frame.drop(columns="row").assign(
-            item_id=rows["item_id"], target=rows["target"], condition="pooled" if shares else "clean", rate=0.0,
+            item_id=prompts.item_ids, target=prompts.targets, condition="pooled" if shares else "clean", rate=0.0,
             start_layer=layer, depth_share=shares.get(layer, float("nan")), protocol=protocol,
             level=level if shares else ""))
-    answers = pd.concat(frames, ignore_index=True)
-    words = {token: tokenizer.decode([token]).strip() for token in answers["prediction"].unique()}
-    return answers.assign(prediction=answers["prediction"].map(words))
+    table = pd.concat(frames, ignore_index=True)
+    words = {token: tokenizer.decode([token]).strip() for token in table["prediction"].unique()}
+    return table.assign(prediction=table["prediction"].map(words))
 
 
 def _score(logits: torch.Tensor, targets: torch.Tensor) -> pd.DataFrame:

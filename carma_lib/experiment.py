@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait as wait_for_process
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +26,11 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from carma_lib.collation import Collator, encode
 from carma_lib.files import fingerprint, read_json, whole_folder, write_json
 from carma_lib.losses import CarmaConfig
+from carma_lib.methods import METHODS, check_method, make_trainer
 from carma_lib.models import Prompt, load_model, load_tokenizer, prompt_for, small_model, train_tokenizer
+from carma_lib.perturbation import replaced_rows
 from carma_lib.tasks import load_task, read_card, task_named
 
-METHODS = ("untuned", "fine_tuning", "carma", "mutual_information_only", "stability_only")
 Result = TypeVar("Result")
 
 
@@ -78,24 +79,18 @@ class Cell:
 
     def __post_init__(self) -> None:
         task_named(self.task)
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method '{self.method}'; the methods are {', '.join(METHODS)}")
+        check_method(self.method)
 
     @property
     def place(self) -> Path:
         return Path(self.task) / self.method / f"seed-{self.seed}"
 
 
-def method_config(method: str, carma: CarmaConfig) -> CarmaConfig | None:
-    """What a method adds to the task loss: nothing, both terms, or one term with weight 1 (published ablations)."""
-    return {"fine_tuning": None, "carma": carma,
-            "mutual_information_only": replace(carma, mi_weight=1.0, stability_weight=0.0),
-            "stability_only": replace(carma, mi_weight=0.0, stability_weight=1.0)}[method]
-
-
-def encode_task(run_dir: Path, task: str, model_type: str, settings: Settings) -> dict[str, datasets.Dataset]:
+def encode_task(run_dir: Path, task: str, model_type: str, settings: Settings, *,
+                augmented: bool = False) -> dict[str, datasets.Dataset]:
     """The encoded training and validation rows; `training_items` of a seeded shuffle where they are limited.
 
+    augmented: each training item stands there a second time, with synonyms (`synonym_augmentation`).
     For a pretrained start, rows whose answer is not one token of its tokenizer are left out (as published).
     """
     rows = load_task(run_dir / "data" / task)
@@ -104,6 +99,10 @@ def encode_task(run_dir: Path, task: str, model_type: str, settings: Settings) -
     if settings.training_items:
         kept = min(settings.training_items, len(rows["train"]))
         rows["train"] = rows["train"].shuffle(seed=0).select(range(kept))
+    if augmented:
+        copies, _ = replaced_rows(rows["train"], task, rate=METHODS["synonym_augmentation"].default, seed=0,
+                                  cache_dir=run_dir / "cache")
+        rows["train"] = datasets.concatenate_datasets([rows["train"], copies.select_columns(rows["train"].column_names)])
     rows["validation"] = rows["validation"].select(range(min(settings.validation_items, len(rows["validation"]))))
     return {split: encode(rows[split], tokenizer, prefix=prompt.prefix, suffix=prompt.suffix,
                           drop=settings.start != "random") for split in ("train", "validation")}
@@ -173,15 +172,14 @@ def fine_tune(run_dir: Path, cell: Cell, settings: Settings) -> Path:
     """Train one cell from its seed's start; goes on from the last checkpoint where a run was broken off."""
     from transformers import PrinterCallback, TrainingArguments
 
-    from carma_lib.training import CarmaTrainer
-
     folder, work = run_dir / "models" / cell.place, run_dir / "work" / cell.place
     if is_done(run_dir, cell, settings):
         return folder
     start = run_dir / "models" / Cell(cell.task, "untuned", cell.seed).place
     model, tokenizer = load_model(str(start))
     rows = {split: encoded.select_columns(["input_ids", "constituent_ids", "target_id"]).to_list()
-            for split, encoded in encode_task(run_dir, cell.task, model.config.model_type, settings).items()}
+            for split, encoded in encode_task(run_dir, cell.task, model.config.model_type, settings,
+                                           augmented=cell.method == "synonym_augmentation").items()}
     mark = _mark(run_dir, cell, settings)
     if read_json(work / "mark.json") != mark:
         shutil.rmtree(work, ignore_errors=True)
@@ -195,8 +193,8 @@ def fine_tune(run_dir: Path, cell: Cell, settings: Settings) -> Path:
         metric_for_best_model="eval_accuracy", greater_is_better=True, logging_steps=min(every, 25),
         train_sampling_strategy="group_by_length", report_to="none",
         disable_tqdm=True, bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available())
-    trainer = CarmaTrainer(model=model, args=arguments, train_dataset=rows["train"], eval_dataset=rows["validation"],
-                           data_collator=Collator(tokenizer), carma=method_config(cell.method, settings.carma),
+    trainer = make_trainer(cell.method, model, arguments, carma=settings.carma, train_dataset=rows["train"],
+                           eval_dataset=rows["validation"], data_collator=Collator(tokenizer),
                            callbacks=[_progress_callback(work / "steps")])
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()

@@ -15,9 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
 
+from datasets import Dataset
+
 from carma_lib.files import fingerprint, whole_file
 from carma_lib.lexicon import lemmas_of, sense_counts, synonym_forms, wordnet
 from carma_lib.tagging import Word, fixed_words, is_content, tagged_words
+from carma_lib.tasks import task_named
+from carma_lib.tasks.controlled import controlled_synonyms
 
 RULES = 2  # part of every cache key: raise it with any change of what is replaced by what
 
@@ -141,6 +145,22 @@ def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Seque
     if path:
         _write_cache(path, replacements)
     return replacements
+
+
+def replaced_rows(rows: Dataset, task: str, *, rate: float, seed: int,
+                  cache_dir: Path) -> tuple[Dataset, list[int]]:
+    """The rows with synonyms in their texts, and how many words of each were replaced.
+
+    The target word and its forms are never introduced into a definition.
+    """
+    known = task_named(task)
+    replaced = replace_all(
+        rows["text"], rate=rate, seed=seed, item_ids=rows["item_id"], cache_dir=cache_dir,
+        source=controlled_synonyms() if known.synonyms == "controlled" else synonym_forms,
+        forbidden=rows["target"] if known.kind == "inverse_dictionary" else None)
+    changed = rows.remove_columns(["text", "phrases"]).add_column("text", [each.text for each in replaced])
+    return changed.add_column("phrases", [[] for _ in replaced], feature=rows.features["phrases"]), \
+        [each.made for each in replaced]
 
 
 def worst_replacement(text: str, *, rate: float, seeds: Iterable[int], score: Score,

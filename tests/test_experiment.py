@@ -7,10 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from carma_lib.experiment import (METHODS, Cell, Settings, fine_tune, is_done, make_start, method_config,
-                                  read_histories, run_parallel, tidy_history, train_cells)
+from carma_lib.experiment import (Cell, Settings, encode_task, fine_tune, is_done, make_start, read_histories,
+                                  run_parallel, tidy_history, train_cells)
 from carma_lib.losses import CarmaConfig
-from carma_lib.results import METHOD_LABELS
 from carma_lib.tasks import DataNotFound, build_task
 
 TASK = "controlled_sentiment"
@@ -33,10 +32,6 @@ def weights(run, method, seed=1):
 
 def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_methods_have_names_for_figures():
-    assert set(METHODS) <= set(METHOD_LABELS)
 
 
 def test_training_starts_from_the_untuned_model_and_is_done_once(run):
@@ -116,12 +111,15 @@ def test_parallel_trainings_equal_one_by_one(run, tmp_path):
     assert same(weights(run, "carma"), weights(tmp_path, "carma"))
 
 
-def test_method_configs():
-    assert method_config("fine_tuning", CARMA) is None and method_config("carma", CARMA) == CARMA
-    only = method_config("mutual_information_only", CARMA)
-    assert (only.mi_weight, only.stability_weight, only.carma_weight) == (1, 0, CARMA.carma_weight)
-    only = method_config("stability_only", CARMA)
-    assert (only.mi_weight, only.stability_weight) == (0, 1)
+def test_synonym_augmentation_trains_on_both_wordings(run):
+    plain = encode_task(run, TASK, "gpt2", SETTINGS)["train"]
+    both = encode_task(run, TASK, "gpt2", SETTINGS, augmented=True)["train"]
+    assert len(both) == 2 * len(plain) and both["text"][:len(plain)] == plain["text"]
+    copies = both["text"][len(plain):]
+    assert both["target"][len(plain):] == plain["target"] and 0 < sum(a != b for a, b in zip(plain["text"], copies))
+    fine_tune(run, Cell(TASK, "synonym_augmentation", 1), SETTINGS)
+    assert json.loads((run / "models" / TASK / "synonym_augmentation" / "seed-1" / "cell.json").read_text())[
+        "training_rows"] == len(both)
 
 
 def test_history_joins_what_one_step_logged():
