@@ -5,68 +5,34 @@ when its training has ended: model, tokenizer, `history.csv` and `cell.json`; wh
 """
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait as wait_for_process
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from carma_lib.collation import Collator, encode
 from carma_lib.files import fingerprint, read_json, whole_folder, write_json
-from carma_lib.losses import CarmaConfig
+from carma_lib.memory import check_memory
 from carma_lib.methods import METHODS, check_method, make_trainer
-from carma_lib.models import Prompt, load_model, load_tokenizer, prompt_for, small_model, train_tokenizer
+from carma_lib.models import (Prompt, add_adapter, load_config, load_model, load_tokenizer, prompt_for, save_adapter,
+                              small_model, train_tokenizer)
+from carma_lib.parallel import quiet, run_parallel, start_worker
 from carma_lib.perturbation import replaced_rows
+from carma_lib.settings import Settings
 from carma_lib.tasks import load_task, read_card, task_named
 
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How every cell of a study is trained; the notebook's parameters, checked.
-
-    start: "random" for small models made from `family`, `layers`, `width`, `heads` with a tokenizer trained
-    on the task's own text, else a hub id or a folder. training_items: 0 for all. Learning rate with linear
-    decay after `warmup_steps`; gradient norm 1.0. The checkpoint with the best validation accuracy of
-    `evaluations` is kept.
-    """
-
-    carma: CarmaConfig
-    start: str = "random"
-    family: str = "gpt2"
-    layers: int = 4
-    width: int = 128
-    heads: int = 4
-    vocabulary_size: int = 800
-    steps: int = 1000
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    evaluations: int = 8
-    training_items: int = 0
-    validation_items: int = 500
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "evaluations", "validation_items", "layers", "width", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.learning_rate <= 0 or self.warmup_steps < 0 or self.training_items < 0:
-            raise ValueError("learning_rate must be above 0; warmup_steps and training_items at least 0")
-        if self.start == "random":
-            self.carma.check_depth(self.layers)
+_quiet, _start_worker = quiet, start_worker
 
 
 @dataclass(frozen=True, order=True)
@@ -125,7 +91,10 @@ def is_done(run_dir: Path, cell: Cell, settings: Settings) -> bool:
 
 
 def make_start(run_dir: Path, cell: Cell, settings: Settings) -> Path:
-    """The untuned model of a seed: random weights and a tokenizer of the task's text, or a copy of a model."""
+    """The untuned model of a seed: random weights and a tokenizer of the task's text, or a copy of a model.
+
+    Seeds of one pretrained start share its files where the disk can link them.
+    """
     folder = run_dir / "models" / cell.place
     if is_done(run_dir, cell, settings):
         return folder
@@ -134,18 +103,42 @@ def make_start(run_dir: Path, cell: Cell, settings: Settings) -> Path:
         model = small_model(settings.family, tokenizer, layers=settings.layers, width=settings.width,
                             heads=settings.heads, seed=cell.seed)
     else:
-        model, tokenizer = load_model(settings.start)
+        if twin := _twin(run_dir, cell, settings):
+            with whole_folder(folder) as temporary:
+                shutil.copytree(twin, temporary, copy_function=_link_or_copy, dirs_exist_ok=True)
+                _write_facts(temporary, run_dir, cell, settings, budget=0)
+            return folder
+        model, tokenizer = load_model(settings.start, dtype=settings.start_dtype,
+                                      four_bits=settings.adapter == "qlora")
         settings.carma.check_depth(model.config.num_hidden_layers)
     with whole_folder(run_dir / "tokenizers" / cell.task) as temporary:
         tokenizer.save_pretrained(temporary)
     with whole_folder(folder) as temporary:
-        _save(temporary, model, tokenizer, run_dir, cell, settings, budget=0)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        _write_facts(temporary, run_dir, cell, settings, budget=0)
     return folder
+
+
+def _twin(run_dir: Path, cell: Cell, settings: Settings) -> Path | None:
+    """The start of another seed, made from the same settings."""
+    for folder in sorted((run_dir / "models" / cell.place).parent.glob("seed-*")):
+        other = Cell(cell.task, cell.method, int(folder.name.removeprefix("seed-")))
+        if is_done(run_dir, other, settings):
+            return folder
+    return None
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
 
 
 def make_starts(run_dir: Path, cells: Iterable[Cell], settings: Settings) -> list[Path]:
     """`make_start` for each untuned cell, with a progress bar."""
-    _quiet()
+    quiet()
     return [make_start(run_dir, cell, settings)
             for cell in tqdm(list(cells), desc="starting models", unit="model", mininterval=1, delay=2)]
 
@@ -158,56 +151,109 @@ def _small_tokenizer(run_dir: Path, task: str, settings: Settings) -> PreTrained
     return train_tokenizer(texts, vocabulary_size=settings.vocabulary_size, whole_tokens=targets)
 
 
-def _save(folder: Path, model: Any, tokenizer: Any, run_dir: Path, cell: Cell, settings: Settings, *,
-          budget: int, **facts: Any) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def _write_facts(folder: Path, run_dir: Path, cell: Cell, settings: Settings, *, budget: int, **facts: Any) -> None:
+    model = settings.start if not Path(settings.start).is_dir() else Path(settings.start).resolve().name
+    if settings.start == "random":
+        model = f"{settings.family}, {settings.layers} layers, width {settings.width}"
     write_json(folder / "cell.json", {
         **asdict(cell), "budget": budget, "start": settings.start, "mark": _mark(run_dir, cell, settings),
-        "model": f"{settings.family}, {settings.layers} layers, width {settings.width}"
-        if settings.start == "random" else settings.start, "settings": asdict(settings), **facts})
+        "model": model, "settings": asdict(settings), **facts})
 
 
 def fine_tune(run_dir: Path, cell: Cell, settings: Settings) -> Path:
-    """Train one cell from its seed's start; goes on from the last checkpoint where a run was broken off."""
-    from transformers import PrinterCallback, TrainingArguments
+    """Train one cell from its seed's start; goes on from the last checkpoint where a run was broken off.
 
+    Under torchrun every process calls it; the first one writes.
+    """
     folder, work = run_dir / "models" / cell.place, run_dir / "work" / cell.place
     if is_done(run_dir, cell, settings):
         return folder
     start = run_dir / "models" / Cell(cell.task, "untuned", cell.seed).place
     model, tokenizer = load_model(str(start))
+    if settings.adapter != "none":
+        model = add_adapter(model, rank=settings.lora_rank, seed=cell.seed)
+    augmented = cell.method == "synonym_augmentation"
     rows = {split: encoded.select_columns(["input_ids", "constituent_ids", "target_id"]).to_list()
             for split, encoded in encode_task(run_dir, cell.task, model.config.model_type, settings,
-                                           augmented=cell.method == "synonym_augmentation").items()}
-    mark = _mark(run_dir, cell, settings)
+                                              augmented=augmented).items()}
+    steps = settings.training_steps(len(rows["train"]) // (2 if augmented else 1))  # as many for every method
+    resumes = _open_work(run_dir, cell, settings)
+    trainer = make_trainer(cell.method, model, _training_arguments(work, cell, settings, steps), carma=settings.carma,
+                           train_dataset=rows["train"], eval_dataset=rows["validation"],
+                           data_collator=Collator(tokenizer), callbacks=[_progress_callback(work / "steps")])
+    trainer.remove_callback(_printer())
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=resumes)
+    seconds = float("nan") if resumes else round(time.monotonic() - started, 1)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if settings.processes > 1 else None
+    if trainer.is_world_process_zero():
+        history = tidy_history(trainer.state.log_history).assign(**asdict(cell))
+        with whole_folder(folder) as temporary:
+            history.to_csv(temporary / "history.csv", index=False)
+            if settings.adapter != "none":
+                save_adapter(trainer.model, temporary, start=start)
+            else:
+                trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary, state_dict=weights)
+            tokenizer.save_pretrained(temporary)
+            _write_facts(temporary, run_dir, cell, settings, budget=steps, training_rows=len(rows["train"]),
+                         seconds=seconds, best_accuracy=trainer.state.best_metric)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        shutil.rmtree(work)
+    return folder
+
+
+def _training_arguments(work: Path, cell: Cell, settings: Settings, steps: int) -> Any:
+    from transformers import TrainingArguments
+
+    every, cuda = max(1, steps // settings.evaluations), torch.cuda.is_available()
+    more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}
+            } if settings.gradient_checkpointing else {}
+    if settings.processes > 1:
+        more["fsdp"] = "full_shard auto_wrap"
+    return TrainingArguments(
+        output_dir=str(work), max_steps=steps, per_device_train_batch_size=settings.rows_a_pass,
+        gradient_accumulation_steps=settings.accumulation, per_device_eval_batch_size=64,
+        learning_rate=settings.learning_rate, warmup_steps=settings.warmup_steps, lr_scheduler_type="linear",
+        max_grad_norm=1.0, seed=cell.seed, eval_strategy="steps", eval_steps=every, save_strategy="steps",
+        save_steps=every, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_accuracy",
+        greater_is_better=True, logging_steps=min(every, 25), train_sampling_strategy="group_by_length",
+        report_to="none", disable_tqdm=True, bf16=settings.bf16, use_cpu=settings.bf16 and not cuda,
+        dataloader_pin_memory=cuda, **more)
+
+
+def _printer() -> type:
+    from transformers import PrinterCallback
+
+    return PrinterCallback
+
+
+def _open_work(run_dir: Path, cell: Cell, settings: Settings) -> bool:
+    """Make the folder of an unfinished training; whether it holds a checkpoint of these settings to go on from."""
+    work, mark = run_dir / "work" / cell.place, _mark(run_dir, cell, settings)
     if read_json(work / "mark.json") != mark:
         shutil.rmtree(work, ignore_errors=True)
         write_json(work / "mark.json", mark)
-    every = max(1, settings.steps // settings.evaluations)
-    arguments = TrainingArguments(
-        output_dir=str(work), max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=64, learning_rate=settings.learning_rate, warmup_steps=settings.warmup_steps,
-        lr_scheduler_type="linear", max_grad_norm=1.0, seed=cell.seed, eval_strategy="steps", eval_steps=every,
-        save_strategy="steps", save_steps=every, save_total_limit=1, load_best_model_at_end=True,
-        metric_for_best_model="eval_accuracy", greater_is_better=True, logging_steps=min(every, 25),
-        train_sampling_strategy="group_by_length", report_to="none",
-        disable_tqdm=True, bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available())
-    trainer = make_trainer(cell.method, model, arguments, carma=settings.carma, train_dataset=rows["train"],
-                           eval_dataset=rows["validation"], data_collator=Collator(tokenizer),
-                           callbacks=[_progress_callback(work / "steps")])
-    trainer.remove_callback(PrinterCallback)
-    started = time.monotonic()
-    resumes = _whole_checkpoints(work)
-    trainer.train(resume_from_checkpoint=resumes)
-    seconds = float("nan") if resumes else round(time.monotonic() - started, 1)
-    history = tidy_history(trainer.state.log_history).assign(**asdict(cell))
-    with whole_folder(folder) as temporary:
-        history.to_csv(temporary / "history.csv", index=False)
-        _save(temporary, trainer.model, tokenizer, run_dir, cell, settings, budget=settings.steps,
-              training_rows=len(rows["train"]), seconds=seconds, best_accuracy=trainer.state.best_metric)
-    shutil.rmtree(work)
-    return folder
+    return _whole_checkpoints(work)
+
+
+def fine_tune_in_processes(run_dir: Path, cell: Cell, settings: Settings) -> Path:
+    """`fine_tune` in `settings.processes` processes through torchrun (`carma_lib.distributed`), one GPU each.
+
+    Raises `RuntimeError` with the first process's error.
+    """
+    _open_work(run_dir, cell, settings)  # before there are several who could throw it away
+    job = run_dir / "work" / cell.place / "job.json"
+    error = job.with_name("error.txt")
+    error.unlink(missing_ok=True)
+    write_json(job, {"run_dir": str(run_dir), "cell": asdict(cell), "settings": asdict(settings), "parent": os.getpid()})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={settings.processes}", "-m", "carma_lib.distributed", str(job)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        why = error.read_text(encoding="utf-8") if error.is_file() else done.stderr.strip()[-300:]
+        raise RuntimeError(f"training {cell.place} in {settings.processes} processes failed: {why}")
+    return run_dir / "models" / cell.place
 
 
 def _whole_checkpoints(work: Path) -> bool:
@@ -242,26 +288,33 @@ def _progress_callback(path: Path) -> Any:
 def train_cells(run_dir: Path, cells: Iterable[Cell], settings: Settings, *, workers: int = 1) -> list[Path]:
     """Make the starts, then train every cell that is not done, in `workers` processes; a progress bar in steps.
 
-    Raises the first error of a cell; the cells that are done stay done.
+    Raises `NotEnoughMemory` before the first step where it will not fit, `ValueError` where the start's
+    tokenizer has no answer as one token, else the first error of a cell; the cells that are done stay done.
     """
     cells = list(cells)
     starts = sorted({Cell(cell.task, "untuned", cell.seed) for cell in cells})
     make_starts(run_dir, starts, settings)
     open_cells = [cell for cell in cells if cell not in starts and not is_done(run_dir, cell, settings)]
+    steps = {}
     for task in dict.fromkeys(cell.task for cell in open_cells):  # once, so that workers find it in the cache
         start = next(cell for cell in starts if cell.task == task)
-        model_type = AutoConfig.from_pretrained(run_dir / "models" / start.place).model_type
-        encode_task(run_dir, task, model_type, settings)
+        config = load_config(str(run_dir / "models" / start.place))
+        encoded = encode_task(run_dir, task, config.model_type, settings)["train"]
+        if not len(encoded):
+            raise ValueError(f"{task}: no training row's answer is one token of this tokenizer; take another start")
+        steps[task] = settings.training_steps(len(encoded))
+        check_memory(config, settings, tokens=max(encoded["length"]), workers=workers)
     work = [run_dir / "work" / cell.place for cell in open_cells]
     models = [run_dir / "models" / cell.place for cell in open_cells]
 
     def steps_done() -> int:
-        return sum(settings.steps if (model / "cell.json").is_file() else _steps_in(folder)
-                   for folder, model in zip(work, models))
+        return sum(steps[cell.task] if (model / "cell.json").is_file() else _steps_in(folder)
+                   for cell, folder, model in zip(open_cells, work, models))
 
-    run_parallel(fine_tune, [(run_dir, cell, settings) for cell in open_cells], workers=workers,
-                 description=f"training {len(open_cells)} models", total=settings.steps * len(open_cells),
-                 unit="step", done=steps_done)
+    function = fine_tune if settings.processes == 1 else fine_tune_in_processes
+    run_parallel(function, [(run_dir, cell, settings) for cell in open_cells], workers=workers,
+                 description=f"training {len(open_cells)} models",
+                 total=sum(steps[cell.task] for cell in open_cells), unit="step", done=steps_done)
     return [run_dir / "models" / cell.place for cell in cells]
 
 
@@ -270,54 +323,6 @@ def _steps_in(work: Path) -> int:
         return int((work / "steps").read_text(encoding="utf-8") or 0)
     except (OSError, ValueError):
         return 0
-
-
-def run_parallel(function: Callable[..., Result], arguments: Sequence[tuple], *, workers: int, description: str,
-                 total: int | None = None, unit: str = "cell", done: Callable[[], int] | None = None) -> list[Result]:
-    """`function(*arguments)` for each, in fresh processes of one thread each, with a progress bar.
-
-    workers: processes at a time, at least 1. done: how much of `total` is done, where that is finer than calls.
-    The first error stops what has not begun and is raised. Workers end with their parent.
-    """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; it must be at least 1")
-    if not arguments:
-        return []
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")
-    with (ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(threads,)) as pool,
-          tqdm(total=total or len(arguments), desc=description, unit=unit, mininterval=2) as bar):
-        futures = [pool.submit(function, *each) for each in arguments]
-        try:
-            pending: set = set(futures)
-            while pending:
-                finished, pending = wait(pending, timeout=1, return_when=FIRST_EXCEPTION)
-                bar.update((done() if done else len(futures) - len(pending)) - bar.n)
-                for future in finished:
-                    future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(multiprocessing.active_children()):
-                process.terminate()
-            raise
-    return [future.result() for future in futures]
-
-
-def _start_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _quiet()
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (wait_for_process([parent.sentinel]), os._exit(1)), daemon=True).start()
-
-
-def _quiet() -> None:
-    """No progress bars from inside a training: `run_parallel` shows one for all."""
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
 
 
 def read_histories(run_dir: Path) -> pd.DataFrame:

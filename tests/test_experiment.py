@@ -142,14 +142,6 @@ def test_parallel_gives_results_in_order_and_the_first_error():
         run_parallel(fails, [(0,), (1,), (2,)], workers=1, description="fails")
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    (dict(steps=0), "steps is 0"), (dict(learning_rate=0), "learning_rate must be above 0"),
-    (dict(training_items=-1), "at least 0"), (dict(layers=1), "lower mi_layers")])
-def test_settings_are_checked(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        Settings(carma=CARMA, **wrong)
-
-
 def test_unknown_names_and_missing_data(tmp_path):
     with pytest.raises(ValueError, match="unknown task 'x'; the tasks are controlled"):
         Cell("x", "carma", 1)

@@ -1,10 +1,17 @@
 """Small models, their tokenizers, loading, and clear refusals."""
+import errno
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from carma_lib.models import (PROMPTS, SMALL_FAMILIES, ModelNotFound, load_model, prompt_for, small_model,
-                              train_tokenizer)
+from carma_lib.models import (SMALL_FAMILIES, ModelNotFound, add_adapter, load_config, load_model, load_tokenizer,
+                              save_adapter, small_model, train_tokenizer)
 
 TEXTS = ["A small bird that eats fish", "The soup was unusually bland"] * 20
 
@@ -54,13 +61,6 @@ def test_small_gpt2_computes_what_gpt2_does(tokenizer):
     torch.testing.assert_close(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
-def test_prompts():
-    assert prompt_for("inverse_dictionary").suffix == ' is called a "'
-    assert prompt_for("inverse_dictionary", "qwen2", pretrained=True).suffix == ' is commonly known as "'
-    assert prompt_for("inverse_dictionary", "qwen2") == prompt_for("inverse_dictionary")
-    assert all("default" in by_family for by_family in PROMPTS.values())
-
-
 def test_refusals(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="unknown family 'bert'.*gpt2"):
         small_model("bert", tokenizer)
@@ -70,7 +70,95 @@ def test_refusals(tokenizer, tmp_path):
         train_tokenizer(TEXTS, vocabulary_size=100)
     with pytest.raises(ModelNotFound, match="the folder holds none"):
         load_model(str(tmp_path))
-    with pytest.raises(ModelNotFound, match="no local folder"):
+    with pytest.raises(ModelNotFound, match="no local folder, and the hub cannot be reached"):
         load_model("nobody/no-such-model")
-    with pytest.raises(ValueError, match="unknown kind"):
-        prompt_for("translation")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine that answers as the real one does: gated/… and absent/… are refused, all else hangs up."""
+    answers = {"gated": (403, "GatedRepo"), "absent": (404, "RepoNotFound")}
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            status, code = answers.get(self.path.split("/")[1], (0, ""))
+            if status:
+                self.send_response(status)
+                self.send_header("X-Error-Code", code)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *unused):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_gated_absent_and_out_of_reach_are_told_apart(hub, tmp_path):
+    """In a fresh process, since the hub's address is read once."""
+    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path),
+                   "PYTHONPATH": os.pathsep.join(sys.path), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    code = """from carma_lib.models import ModelNotFound, load_config
+for name in ("gated/model", "absent/model", "away/model"):
+    try:
+        load_config(name)
+    except ModelNotFound as error:
+        print(error)"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    gated, absent, away = done.stdout.splitlines()
+    assert "'gated/model': its owners gate it; ask for access" in gated
+    assert "'absent/model': the hub has no such model, or a private one; check the name" in absent
+    assert "'away/model': it is no local folder, and the hub cannot be reached; connect, or give a folder" in away
+
+
+def test_a_full_disk_is_not_taken_for_an_absent_model():
+    from carma_lib.models import _not_found
+
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise OSError("cannot load this") from error
+    except OSError as error:
+        found = _not_found("some/model", "tokenizer", error)
+    assert found.errno == errno.ENOSPC and "free space, or set HF_HOME" in str(found)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_adapter_is_saved_alone_and_loaded_with_its_start_wherever_both_lie(family, tokenizer, tmp_path):
+    start, folder = tmp_path / "run" / "untuned", tmp_path / "run" / "lora"
+    for part in (small_model(family, tokenizer, layers=2, width=32, heads=2), tokenizer):
+        part.save_pretrained(start)
+    one, two = (add_adapter(load_model(str(start))[0], rank=4, seed=3) for _ in range(2))
+    trained = [name for name, weight in one.named_parameters() if weight.requires_grad]
+    assert trained and all("lora_" in name for name in trained) and not any("lm_head" in name for name in trained)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+    with torch.no_grad():
+        for name, weight in one.named_parameters():
+            if weight.requires_grad:
+                weight.add_(0.1)
+    save_adapter(one, folder, start=start)
+    assert not (folder / "model.safetensors").exists()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    loaded, _ = load_model(str(tmp_path / "moved" / "lora"))
+    ids = torch.tensor([tokenizer(TEXTS[0]).input_ids])
+    torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, one.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refused only without CUDA")
+def test_four_bits_need_cuda(tokenizer, tmp_path):
+    for part in (small_model("llama", tokenizer, layers=2, width=32, heads=2), tokenizer):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="4-bit weights need a CUDA GPU and bitsandbytes.*'lora' does without"):
+        load_model(str(tmp_path), four_bits=True)
+
+
+@pytest.mark.parametrize("load", [load_config, load_tokenizer])
+def test_an_empty_folder_holds_no_model(load, tmp_path):
+    with pytest.raises(ModelNotFound, match="the folder holds none; give one made by save_pretrained"):
+        load(str(tmp_path))

@@ -84,15 +84,22 @@ def byte_level_tokenizer(texts=TEXTS, vocab_size: int = 300) -> PreTrainedTokeni
     )
 
 
-def metaspace_tokenizer(texts=TEXTS, vocab_size: int = 300) -> PreTrainedTokenizerFast:
-    """Metaspace BPE that puts a begin-of-text token first, as in Llama and Gemma."""
+def metaspace_tokenizer(
+    texts=TEXTS, vocab_size: int = 300, prepend: str = "first", learn: str = "first"
+) -> PreTrainedTokenizerFast:
+    """Metaspace BPE that puts a begin-of-text token first, as in Llama and Gemma.
+
+    prepend: "first" sets a space before a text (Llama), "never" does not (Gemma). learn: the same while it is
+    trained; "never" makes tokens without a space of the words that begin a text.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=learn)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<begin>", "<pad>", "<end>", "<unk>"], show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<begin> $A", special_tokens=[("<begin>", 0)]
     )

@@ -1,0 +1,158 @@
+"""What a training will need of memory, before it starts; a refusal with advice where it will not fit.
+
+Bytes a process, from the configuration alone (weights are counted on the meta device, nothing is loaded):
+
+    weights      4 a parameter; with bf16 2 more for the copy that matrix products read. Frozen starts of
+                 adapters: 2 (bf16), 4 (float32), or for "qlora" 0.52 in the blocks' linear maps and 2 elsewhere,
+                 and 4 for each weight of an adapter
+    gradients    4 a trained weight
+    optimizer    8 a trained weight: Adam's two moments
+    activations  blocks × tokens × (6 d · 4 + (6 d + 5 f) · b) + rows × vocabulary × 12
+                 + layers read by CARMA × tokens × (12 d + 12 t) bytes
+
+with d the width, f the width of the feed-forward part, b = 4 or 2 (bf16), t the tokens of the longest row, and
+tokens = rows of a forward pass × t. With gradient checkpointing only 4 d a block and token stays, and one block
+whole. Eager attention adds blocks × heads × tokens × t × 3 b. Counted are the tensors that the backward pass reads
+(the residual stream and its norms in float32, the rest in b); compare arXiv 2205.05198, section 4, whose 34 bytes
+a token, block and unit of width in 16 bits are 17 numbers. Sharding over processes (FSDP) divides all but the
+activations. Not counted: the CUDA context (about half a GiB) and what other programs hold.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from carma_lib.settings import Settings
+
+GIB = 2**30
+
+
+class NotEnoughMemory(MemoryError):
+    """A training will not fit; the message names what would."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes a process of one training."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate_memory(config: PretrainedConfig, settings: Settings, *, tokens: int) -> MemoryEstimate:
+    """The estimate of the module's formula. tokens: of the longest row with its prompt."""
+    everything, linear, adapter = _count(config, settings.lora_rank)
+    if settings.adapter == "none":
+        weights, trained = everything * 4 + (linear * 2 if settings.bf16 else 0), everything
+    elif settings.adapter == "qlora":
+        weights, trained = 0.52 * linear + 2 * (everything - linear) + 4 * adapter, adapter
+    else:
+        weights, trained = everything * (2 if settings.bf16 else 4) + 4 * adapter, adapter
+    shards = settings.processes
+    return MemoryEstimate(int(weights / shards), 4 * trained // shards, 8 * trained // shards,
+                          _activations(config, settings, tokens))
+
+
+def _activations(config: PretrainedConfig, settings: Settings, tokens: int) -> int:
+    text, number = config.get_text_config(), 2 if settings.bf16 else 4
+    width, rows = text.hidden_size, settings.rows_a_pass
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
+    block = rows * tokens * (6 * width * 4 + (6 * width + 5 * inner) * number)
+    if getattr(text, "_attn_implementation", None) == "eager":
+        block += rows * text.num_attention_heads * tokens**2 * 3 * number
+    blocks = text.num_hidden_layers * block
+    if settings.gradient_checkpointing:
+        blocks = text.num_hidden_layers * rows * tokens * width * 4 + block
+    terms = len(settings.carma.layers) * rows * tokens * (12 * width + 12 * tokens)
+    return blocks + rows * text.vocab_size * 12 + terms
+
+
+def _count(config: PretrainedConfig, rank: int) -> tuple[int, int, int]:
+    """All parameters, those of the blocks' linear maps, and those of LoRA adapters of `rank` on these maps."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    maps = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+    return (sum(weight.numel() for weight in model.parameters()), sum(each.weight.numel() for each in maps),
+            sum(rank * sum(each.weight.shape) for each in maps))
+
+
+def available_memory() -> tuple[int, str]:
+    """Free bytes and where: on the first GPU, else of this machine or of the container that it is."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0], "on the GPU"
+    free = psutil.virtual_memory().available
+    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    return (free if limit is None or used is None else max(0, min(free, limit - used))), "in memory"
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such limit
+        return None
+
+
+def _cheaper(settings: Settings) -> Iterator[tuple[str, Settings]]:
+    """What to try where a training will not fit, the least change of method first."""
+    rows = settings.rows_a_pass
+    parts = next((each for each in (8, 4, 2) if rows % each == 0), 1) * settings.accumulation
+    smaller = replace(settings, accumulation=parts, gradient_checkpointing=True)
+    yield f"accumulation={parts}", replace(settings, accumulation=parts)
+    yield "gradient_checkpointing=True", replace(settings, gradient_checkpointing=True)
+    yield f"accumulation={parts} and gradient_checkpointing=True", smaller
+    if settings.adapter == "none":
+        yield "adapter='lora'", replace(settings, adapter="lora")
+        yield "adapter='lora', gradient_checkpointing=True", replace(smaller, adapter="lora",
+                                                                     accumulation=settings.accumulation)
+    if settings.adapter != "qlora":
+        yield f"adapter='qlora', accumulation={parts} and gradient_checkpointing=True", replace(smaller, adapter="qlora")
+
+
+def memory_table(config: PretrainedConfig, settings: Settings, *, tokens: int, workers: int = 1) -> pd.DataFrame:
+    """Settings as asked for, then cheaper ones: GiB of each part for all `workers`, total, and whether it fits."""
+    free, _ = available_memory()
+    rows = []
+    for name, each in (("as asked for", settings), *_cheaper(settings)):
+        estimate = estimate_memory(config, each, tokens=tokens)
+        rows.append({"settings": name, **{part: workers * getattr(estimate, part) / GIB for part in (
+            "weights", "gradients", "optimizer", "activations", "total")}, "fits": workers * estimate.total < free})
+    return pd.DataFrame(rows)
+
+
+def check_memory(config: PretrainedConfig, settings: Settings, *, tokens: int, workers: int = 1) -> MemoryEstimate:
+    """The estimate of one training, where `workers` of them fit at a time.
+
+    Raises `NotEnoughMemory` otherwise, naming the first cheaper settings that fit.
+    """
+    free, where = available_memory()
+    estimate = estimate_memory(config, settings, tokens=tokens)
+    if workers * estimate.total < free:
+        return estimate
+    table = memory_table(config, settings, tokens=tokens, workers=workers)
+    fitting = table[table.fits]
+    if workers > 1 and estimate.total < free:
+        way_out = f"workers={max(1, free // estimate.total)} does"
+    elif len(fitting):
+        way_out = f"{fitting.settings.iloc[0]} does, with {fitting.total.iloc[0]:.1f} GiB"
+    else:
+        way_out = "no other settings do either: take a smaller model, or several GPUs (processes=…)"
+    parts = ", ".join(f"{name} {getattr(estimate, name) / GIB:.1f}" for name in (
+        "weights", "gradients", "optimizer", "activations"))
+    raise NotEnoughMemory(f"training takes about {workers * estimate.total / GIB:.1f} GiB "
+                          f"({f'{workers} at a time, each ' if workers > 1 else ''}{parts}), and "
+                          f"{free / GIB:.1f} GiB are free {where}, so it does not fit; {way_out}")
