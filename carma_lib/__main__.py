@@ -1,4 +1,4 @@
-"""`python -m carma_lib`: run the notebooks of a profile, or copy a run's outputs into the committed notebooks."""
+"""`python -m carma_lib`: run the notebooks of a profile, publish a run's outputs, or sweep over many trainings."""
 from __future__ import annotations
 
 import argparse
@@ -11,10 +11,23 @@ EPILOG = """examples:
   python -m carma_lib run --profile sst --resume            go on where a run stopped
   python -m carma_lib run --profile sst --run-dir runs/long --set batch_size=32 --set 02_finetune.seeds=[1,2,3,4]
   python -m carma_lib publish                               executed copies of runs/default → notebooks/
+  python -m carma_lib sweep sweeps/example.yml --dry-run    tasks × models × methods × seeds; see sweep --help
 
 A run folder holds status.json, executed notebooks, data, models, results.parquet, tables, figures and
 report.html. The last line printed is the report's path. Exit code 0: done; 1: stopped, with the reason in one
 line; 130: interrupted, --resume goes on.
+"""
+SWEEP_EPILOG = """examples:
+  python -m carma_lib sweep sweeps/example.yml --dry-run                      cells, time and disk; does nothing
+  python -m carma_lib sweep sweeps/example.yml --workers 2                    processes of this machine
+  python -m carma_lib sweep my-sweep.yml --scheduler tcp://10.0.0.1:8786      a Dask cluster
+  python -m carma_lib sweep my-sweep.yml --slurm sweeps/slurm.example.yml     SLURM jobs
+
+The same command goes on where a sweep stopped: done cells are skipped, failed ones tried again. On a cluster every
+machine must have this package, and see the sweep's folder under the same name. Workers there: one thread each
+(dask worker ADDRESS --nthreads 1 --memory-limit 0), on GPUs one a GPU (CUDA_VISIBLE_DEVICES=0 dask worker …).
+The path from --slurm on has not been tried on a real SLURM machine. The last line printed is the report's path.
+Exit code 0: every cell is done; 1: some failed, or stopped with the reason in one line; 130: interrupted.
 """
 
 
@@ -34,6 +47,15 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--resume", action="store_true", help="skip what is done in the run folder")
     how.add_argument("--fresh", action="store_true", help="throw away what the run folder holds")
     commands.add_parser("publish", help="copy the executed notebooks of runs/default into notebooks/")
+    sweep = commands.add_parser("sweep", help="train and evaluate tasks × models × methods × seeds, on one machine or many",
+                                epilog=SWEEP_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sweep.add_argument("file", type=Path, help="what to sweep over; sweeps/example.yml explains itself")
+    sweep.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    sweep.add_argument("--retries", type=int, default=1, help="further attempts of a cell that failed (default: 1)")
+    where = sweep.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, help="processes of this machine (default: one a GPU, 2 without GPU)")
+    where.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a Dask scheduler; its workers do the work")
+    where.add_argument("--slurm", type=Path, metavar="FILE", help="submit the workers as SLURM jobs, as FILE says")
     return parser
 
 
@@ -43,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = build_parser().parse_args(arguments)
     try:
+        if options.command == "sweep":
+            return _sweep(options)
         if options.command == "publish":
             for path in pipeline.publish():
                 print(path)
@@ -67,10 +91,30 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         pipeline.wait_for_kernels()
-        print("\ncarma_lib: interrupted; what is done is kept, --resume goes on from there", file=sys.stderr)
+        print("\ncarma_lib: interrupted; what is done is kept, "
+              f"{'the same command' if options.command == 'sweep' else '--resume'} goes on from there", file=sys.stderr)
         return 130
     print(report)
     return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from carma_lib.sweep import plan_text, run_sweep
+    from carma_lib.sweep_executors import open_executor
+    from carma_lib.sweep_plan import read_sweep
+
+    sweep = read_sweep(options.file)
+    where = {"workers": options.workers, "scheduler": options.scheduler, "slurm": options.slurm}
+    print(plan_text(sweep, **where), flush=True)
+    if options.dry_run:
+        return 0
+    with open_executor(**where) as executor:
+        end = run_sweep(sweep, executor, retries=options.retries)
+    done = len(sweep.jobs) - len(end.failed)
+    print(f"{done} of {len(sweep.jobs)} cells done" + "".join(
+        f"\n  failed: {name}: {reason}" for name, reason in end.failed.items()))
+    print(end.report)
+    return 1 if end.failed else 0
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "carma_lib"
 ORDER = ["files", "losses", "constituents", "lexicon", "tagging", "tasks.schema", "tasks.sst", "tasks.wordnet",
          "tasks.controlled", "tasks.controlled_definitions", "tasks.controlled_opinions", "tasks", "perturbation",
-         "perturbation_quality", "models", "collation", "training", "experiment", "pooling", "drift", "results", "evaluation",
-         "intervals", "statistics", "inference", "comparisons", "tables", "figures", "report", "manifest", "pipeline", "__main__"]
+         "perturbation_quality", "model_table", "models", "settings", "memory", "parallel", "collation", "training", "methods", "experiment", "distributed", "pooling", "drift", "results", "evaluation",
+         "intervals", "statistics", "inference", "comparisons", "tables", "figures", "mechanism", "study_plan", "study",
+         "study_tables", "study_figures", "report", "manifest", "pipeline",
+         "sweep_plan", "sweep_worker", "sweep_estimate", "sweep_executors", "sweep_report", "sweep", "__main__"]
 KNOW_NO_FILES = ["losses", "pooling", "intervals", "statistics", "inference", "comparisons"]
 
 

@@ -1,0 +1,185 @@
+"""Where a sweep's cells run: processes of this machine, a Dask cluster, or SLURM jobs. Imports neither torch nor Dask.
+
+Each is a `concurrent.futures.Executor`; the driver knows nothing else of it.
+"""
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from carma_lib.manifest import RunError
+
+CONNECT_SECONDS = 10
+INSTALL = "pip install 'carma-notebooks[sweep]'"
+
+
+class WorkerLost(RuntimeError):
+    """The process that worked on a cell is gone (killed, or out of memory)."""
+
+
+class LocalExecutor(Executor):
+    """One process a worker, each in a pool of its own: where one is lost, the others do not notice.
+
+    devices: `CUDA_VISIBLE_DEVICES` of each worker in turn, set before it loads torch; none: left as it is.
+    A lost worker's future raises `WorkerLost`, and another process takes its place. Workers end with this process.
+
+    Raises `ValueError` for fewer than one worker.
+    """
+
+    def __init__(self, workers: int, *, devices: list[str] | None = None) -> None:
+        if workers < 1:
+            raise ValueError(f"workers is {workers}; it must be at least 1")
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._closed = False
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        devices = devices or []
+        self._hands = [threading.Thread(target=self._serve, daemon=True, args=(
+            devices[number % len(devices)] if devices else None, threads)) for number in range(workers)]
+        for hand in self._hands:
+            hand.start()
+
+    def submit(self, function: Callable, /, *arguments: Any) -> Future:
+        """A future of `function(*arguments)`; both must be picklable."""
+        if self._closed:
+            raise RuntimeError("this executor is shut down")
+        future: Future = Future()
+        self._queue.put((future, function, arguments))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the workers; cancel_futures: at once, and drop what has not begun."""
+        self._closed = True
+        if cancel_futures:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    if item := self._queue.get_nowait():
+                        item[0].cancel()
+            for process in multiprocessing.active_children():
+                process.terminate()
+        for _ in self._hands:
+            self._queue.put(None)
+        for hand in self._hands if wait else ():
+            hand.join()
+
+    def _serve(self, device: str | None, threads: int) -> None:
+        pool = None
+        while (item := self._queue.get()) is not None:
+            future, function, arguments = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            pool = pool or ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"),
+                                               initializer=_start_worker, initargs=(device, threads))
+            try:
+                future.set_result(pool.submit(function, *arguments).result())
+            except BrokenProcessPool:
+                pool = None
+                future.set_exception(WorkerLost("its worker process ended abruptly (killed, or out of memory)"))
+            except BaseException as error:
+                future.set_exception(error)
+        if pool:
+            pool.shutdown()
+
+
+def _start_worker(device: str | None, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption reaches the parent too, which ends its workers
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    from carma_lib.parallel import start_worker  # from here on torch is loaded
+
+    start_worker(threads)
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [device for device in named.split(",") if device and device != "-1"]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def default_workers() -> int:
+    """One process a GPU; two where there is none."""
+    return len(gpus()) or 2
+
+
+@contextlib.contextmanager
+def open_executor(*, workers: int | None = None, scheduler: str | None = None,
+                  slurm: Path | None = None) -> Iterator[Executor]:
+    """The executor of a sweep: `scheduler` of a Dask cluster, or `slurm` file, else `workers` local processes.
+
+    Raises `RunError` where Dask is not installed, the scheduler does not answer, or SLURM is not here.
+    """
+    if scheduler or slurm:
+        with (_dask_client(scheduler) if scheduler else _slurm_client(slurm)) as client:
+            yield client.get_executor(pure=False)
+        return
+    local = LocalExecutor(default_workers() if workers is None else workers, devices=gpus())
+    try:
+        yield local
+    except BaseException:
+        local.shutdown(cancel_futures=True)
+        raise
+    local.shutdown()
+
+
+def _need(module: str, option: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RunError(f"{option} needs {module.replace('_', '-')}, which is not installed: {INSTALL}") from error
+
+
+def _dask_client(address: str) -> Any:
+    distributed = _need("distributed", "--scheduler")
+    try:
+        return distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"no Dask scheduler answers at {address}; start one with 'dask scheduler' and workers with "
+                       f"'dask worker {address} --nthreads 1', or leave --scheduler out") from error
+
+
+def read_slurm(file: Path) -> tuple[int, dict[str, Any]]:
+    """The number of jobs and the other keys of a SLURM file, which are `dask_jobqueue.SLURMCluster`'s. `RunError`."""
+    try:
+        keys = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(keys, dict) or type(keys.get("jobs")) is not int or keys["jobs"] < 1:
+        raise RunError(f"{file} must hold 'jobs: <number>' beside the keys of dask_jobqueue.SLURMCluster")
+    return keys.pop("jobs"), keys
+
+
+def slurm_cluster(file: Path) -> tuple[int, Any]:
+    """The number of jobs and the cluster that would submit them; `job_script()` shows what. Raises `RunError`."""
+    jobs, keys = read_slurm(file)
+    jobqueue = _need("dask_jobqueue", "--slurm")
+    try:
+        return jobs, jobqueue.SLURMCluster(**keys)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{file}: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def _slurm_client(file: Path) -> Iterator[Any]:
+    if shutil.which("sbatch") is None:
+        raise RunError("--slurm submits jobs with sbatch, which is not on this machine; use a SLURM login node")
+    jobs, cluster = slurm_cluster(file)
+    with cluster:
+        cluster.scale(jobs=jobs)
+        with _need("distributed", "--slurm").Client(cluster, set_as_default=False) as client:
+            yield client

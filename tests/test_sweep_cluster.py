@@ -1,0 +1,120 @@
+"""A sweep on a real Dask cluster of three worker processes, one killed in the middle, one cell damaged."""
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pandas as pd
+import pytest
+
+from carma_lib.files import read_json, write_json
+from carma_lib.results import read_results
+from carma_lib.sweep import run_sweep
+from carma_lib.sweep_executors import open_executor
+from carma_lib.sweep_worker import log_path, read_log
+from test_sweep import SENTIMENT, sweep_of
+
+GRID = dict(tasks=[SENTIMENT], methods=["fine_tuning", "carma"], seeds=[1, 2, 3],
+            models=[{"start": "random", "family": "llama"}, {"start": "random", "family": "gpt2"}])
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """The same sweep, every cell one after another in this process."""
+    sweep = sweep_of(tmp_path_factory.mktemp("one"), "grid", **GRID)
+    with ThreadPoolExecutor(1) as executor:
+        assert not run_sweep(sweep, executor).failed
+    return sweep
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Address of a Dask scheduler, and three workers as processes of their own, one thread each."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DASK_DISTRIBUTED__DIAGNOSTICS__NVML": "False"}
+    with contextlib.ExitStack() as stack:
+        def start(*command):
+            log = stack.enter_context(open(tmp_path / f"{command[0]}.log", "a"))
+            process = subprocess.Popen([sys.executable, "-m", f"distributed.cli.dask_{command[0]}", *command[1:]],
+                                       env=environment, stdout=log, stderr=log, cwd=tmp_path)
+            stack.callback(process.wait, 20)
+            stack.callback(process.kill)
+            return process
+
+        start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+              "--scheduler-file", "scheduler.json")
+        address = wait_for(lambda: (read_json(tmp_path / "scheduler.json") or {}).get("address"))
+        yield address, [start("worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard",
+                              "--memory-limit", "0", "--local-directory", str(tmp_path / "dask")) for _ in range(3)]
+
+
+def wait_for(found, seconds=300):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := found():
+            return value
+        time.sleep(0.02)
+    raise TimeoutError(f"not after {seconds} s")
+
+
+def damage(sweep, job, one_process):
+    """A checkpoint of this cell whose weights were cut short, as on a disk that was full."""
+    twin = one_process.run_dir / job.model / "models" / job.cell.place
+    work = job.run_dir / "work" / job.cell.place
+    (work / "checkpoint-2").mkdir(parents=True)
+    write_json(work / "mark.json", read_json(twin / "cell.json")["mark"])
+    shutil.copy(twin / "config.json", work / "checkpoint-2")
+    (work / "checkpoint-2" / "model.safetensors").write_bytes((twin / "model.safetensors").read_bytes()[:5000])
+    (work / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    return work
+
+
+def kill_one_at_work(sweep, workers, bad):
+    """Kill a worker that is in the middle of a cell other than the bad one, once four are done; the cell's name."""
+    def states():
+        return {job.name: read_log(log_path(job)) for job in sweep.jobs}
+
+    wait_for(lambda: sum(lines[-1]["state"] == "done" for lines in states().values() if lines) >= 4)
+    while True:
+        for worker in workers:
+            worker.send_signal(signal.SIGSTOP)  # so that it cannot end the cell between look and kill
+            at_work = [name for name, lines in states().items() if lines and lines[-1]["state"] == "begun"
+                       and lines[-1]["pid"] == worker.pid and name != bad.name]
+            if at_work:
+                worker.kill()
+                return at_work[0]
+            worker.send_signal(signal.SIGCONT)
+            time.sleep(0.05)
+
+
+def test_a_killed_worker_and_a_damaged_cell_cost_nothing_else(tmp_path, one_process, cluster):
+    sweep = sweep_of(tmp_path, "grid", **GRID)
+    address, workers = cluster
+    bad = sweep.jobs[-1]
+    work = damage(sweep, bad, one_process)
+    lost = []
+    killer = threading.Thread(target=lambda: lost.append(kill_one_at_work(sweep, workers, bad)), daemon=True)
+    killer.start()
+    with open_executor(scheduler=address) as executor:
+        end = run_sweep(sweep, executor, retries=1)
+    killer.join(10)
+    assert list(end.failed) == [bad.name] and "safetensor" in end.failed[bad.name].lower()
+    logs = {job.name: read_log(log_path(job)) for job in sweep.jobs}
+    begun = {name: sum(line["state"] == "begun" for line in lines) for name, lines in logs.items()}
+    assert {name: times for name, times in begun.items() if times != 1} == {lost[0]: 2, bad.name: 2}
+    assert sum(worker.poll() is None for worker in workers) == 2
+    assert len({line["pid"] for lines in logs.values() for line in lines if line["state"] == "begun"}) == 3
+    assert read_json(sweep.run_dir / "status.json")["counts"] == {"done": 11, "open": 0, "failed": 1, "lost": 1}
+
+    shutil.rmtree(work)  # repaired; the same command goes on
+    with open_executor(scheduler=address) as executor:
+        assert not run_sweep(sweep, executor).failed
+    assert sum(len(read_log(log_path(job))) for job in sweep.jobs) == sum(map(len, logs.values())) + 2
+    first, second = (read_results(each.run_dir / "results.parquet") for each in (one_process, sweep))
+    pd.testing.assert_frame_equal(first, second, check_exact=True)
+    for name in ("report.html", "tables/paper_table.csv", "tables/primary_comparisons.csv"):
+        assert (one_process.run_dir / name).read_bytes() == (sweep.run_dir / name).read_bytes(), name
