@@ -184,7 +184,7 @@ def evaluate_cell(run_dir: Path, cell: Cell, conditions: Conditions) -> Path:
     if path.is_file():
         return path
     model, tokenizer = load_model(str(folder))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    _on_device(model)
     prompt = task_prompt(cell.task, model.config.model_type, facts["start"])
     parts = []
     for split, rows in evaluation_rows(run_dir, cell.task, conditions).items():
@@ -202,6 +202,12 @@ def evaluate_cell(run_dir: Path, cell: Cell, conditions: Conditions) -> Path:
     return path
 
 
+def _on_device(model: torch.nn.Module) -> None:
+    """To the GPU where there is one; a quantised model is there already."""
+    if torch.cuda.is_available() and not getattr(model, "is_loaded_in_4bit", False):
+        model.to("cuda")
+
+
 def evaluate_cells(run_dir: Path, cells: Sequence[Cell], conditions: Conditions, *, workers: int = 1) -> Path:
     """Evaluate every cell in `workers` processes and write the whole table, `results.parquet`."""
     for task in dict.fromkeys(cell.task for cell in cells):  # once, so that workers find the texts in the cache
@@ -217,6 +223,8 @@ def drift_of_cell(run_dir: Path, cell: Cell, items: int) -> pd.DataFrame:
     """`compare_with_start` of a trained cell on the first `items` validation rows, with the cell's names."""
     model, tokenizer = load_model(str(run_dir / "models" / cell.place))
     start, _ = load_model(str(run_dir / "models" / replace(cell, method="untuned").place))
+    _on_device(model)
+    _on_device(start)
     facts = read_json(run_dir / "models" / cell.place / "cell.json")
     rows = load_task(run_dir / "data" / cell.task)["validation"]
     prompt = task_prompt(cell.task, model.config.model_type, facts["start"])

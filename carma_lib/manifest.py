@@ -43,7 +43,8 @@ class Plan:
     def fingerprints(self) -> dict[str, str]:
         """Per notebook: its parameters and source, the library and lexicon, and all that of the notebooks before."""
         package = Path(__file__).parent
-        library = [path.read_text(encoding="utf-8") for path in sorted([*package.rglob("*.py"), *package.glob("*.csv")])
+        library = [path.read_text(encoding="utf-8") for path in sorted([*package.rglob("*.py"), *package.glob("*.csv"),
+                                                                                 *package.glob("*.yml")])
                    if path.name not in ("manifest.py", "pipeline.py", "__main__.py", "report.py")]
         before, result = fingerprint(library, lexicon_file().read_text(encoding="utf-8")), {}
         for notebook in self.notebooks:

@@ -19,9 +19,12 @@ activations. Not counted: the CUDA context (about half a GiB) and what other pro
 """
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import psutil
@@ -55,7 +58,8 @@ class MemoryEstimate:
 
 def estimate_memory(config: PretrainedConfig, settings: Settings, *, tokens: int) -> MemoryEstimate:
     """The estimate of the module's formula. tokens: of the longest row with its prompt."""
-    everything, linear, adapter = _count(config, settings.lora_rank)
+    everything, linear, widths = _count(type(config), config.to_json_string(use_diff=False))
+    adapter = settings.lora_rank * widths
     if settings.adapter == "none":
         weights, trained = everything * 4 + (linear * 2 if settings.bf16 else 0), everything
     elif settings.adapter == "qlora":
@@ -81,14 +85,23 @@ def _activations(config: PretrainedConfig, settings: Settings, tokens: int) -> i
     return blocks + rows * text.vocab_size * 12 + terms
 
 
-def _count(config: PretrainedConfig, rank: int) -> tuple[int, int, int]:
-    """All parameters, those of the blocks' linear maps, and those of LoRA adapters of `rank` on these maps."""
+class _Counts(NamedTuple):
+    """All parameters, those of the blocks' linear maps, and the sum of in and out widths of these maps."""
+
+    everything: int
+    linear: int
+    widths: int
+
+
+@lru_cache(maxsize=8)
+def _count(kind: type[PretrainedConfig], configuration: str) -> _Counts:
+    """Of a model of this configuration (JSON), built without memory for its weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(configuration)))
     head = model.get_output_embeddings()
     maps = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
-    return (sum(weight.numel() for weight in model.parameters()), sum(each.weight.numel() for each in maps),
-            sum(rank * sum(each.weight.shape) for each in maps))
+    return _Counts(sum(weight.numel() for weight in model.parameters()), sum(each.weight.numel() for each in maps),
+                   sum(sum(each.weight.shape) for each in maps))
 
 
 def available_memory() -> tuple[int, str]:

@@ -88,8 +88,8 @@ def settings_for(name: str, kind: str, *, num_layers: int) -> ModelSettings:
     name: hub id or folder. num_layers: decoder blocks. Raises `ValueError` for an unknown kind or fewer than
     two blocks, which leave no layers to compare.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of task '{kind}'; the kinds are {', '.join(KINDS)}")
+    if kind not in read_table()["prompts"]:
+        raise ValueError(f"unknown kind of task '{kind}'; the kinds are {', '.join(read_table()['prompts'])}")
     if num_layers < 2:
         raise ValueError(f"'{name}' has {num_layers} decoder block; CARMA compares layers and needs at least two")
     table, model = read_table(), find_model(name)

@@ -6,6 +6,7 @@ to one set of parameters and one state of the code; `--resume` skips notebooks t
 from __future__ import annotations
 
 import _thread
+import errno
 import os
 import shutil
 import sys
@@ -187,8 +188,15 @@ def _failure(error: BaseException, notebook: Notebook, out_of_time: bool, cell_t
     if cell_timeout:
         return "cell time", f"a cell ran longer than {notebook.cell_seconds} s; raise cell_seconds in {MANIFEST}"
     if isinstance(error, papermill.PapermillExecutionError):
-        return f"cell [{error.exec_count}]", f"{error.ename}: {error.evalue}"
-    return "while running", f"{type(error).__name__}: {error}"
+        why = f"{error.ename}: {error.evalue}"
+        return f"cell [{error.exec_count}]", why + if_full(why)
+    return "while running", f"{type(error).__name__}: {error}{if_full(str(error))}"
+
+
+def if_full(message: str) -> str:
+    """What to do, where the message of an error tells of a full disk; else nothing."""
+    full = os.strerror(errno.ENOSPC) in message
+    return "; free space and go on with --resume, or give a --run-dir on another disk" if full else ""
 
 
 def tidy_notebook(path: Path) -> None:

@@ -5,6 +5,7 @@ Small notebooks written here run through the real papermill; the project's own r
 import json
 import os
 import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -276,3 +277,27 @@ def test_status_is_never_half_written(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_json(tmp_path / "status.json", {"state": "new"})
     assert read_json(tmp_path / "status.json") == {"state": "old"}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 200 kB; skipped where this process may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("no right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_in_one_line(project, small_disk, capsys):
+    path = project / "notebooks" / "01_first.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[2].source = "(run / 'made.txt').write_bytes(b'x' * 1_000_000)"
+    nbformat.write(notebook, path)
+    assert main(["run", "--run-dir", str(small_disk / "run")]) == 1
+    error = capsys.readouterr().err.strip().split("\n")
+    said = [line for line in error if line.startswith("carma_lib:")]
+    assert len(said) == 1 and "No space left on device" in said[0] and "free space and go on with --resume" in said[0]
