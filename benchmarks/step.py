@@ -2,7 +2,7 @@
 
 One process runs every method in turn on the same batch, round after round, so that a busy machine slows all
 of them alike; a ratio is the median over rounds of (method's time / plain fine-tuning's time), with a 95 %
-bootstrap interval over rounds. A step is what Trainer does: forward, loss, backward, clipping, AdamW.
+bootstrap interval over rounds. A step is what Trainer does: forward, loss, backward, clipping, fused AdamW.
 Batches are of like length and have the lengths of real texts (benchmarks/lengths.json), their tokens and the
 weights are random.
 """
@@ -73,7 +73,7 @@ class Bench:
             trainer.current_gradient_accumulation_steps = 1
         self.accelerator = self.trainers["fine_tuning"].accelerator
         self.wrapped = self.accelerator.prepare_model(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=device == "cuda")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
 
     def step(self, method: str, batch: dict[str, torch.Tensor], padded_length: int) -> None:
         if method in SLOW:
@@ -147,31 +147,57 @@ def ratio_with_interval(seconds: np.ndarray, plain: np.ndarray) -> tuple[float, 
     return float(np.median(ratios)), float(low), float(high)
 
 
-def records(options: argparse.Namespace) -> list[dict]:
-    tables = read_lengths(options.lengths)
+def records(options: argparse.Namespace, report: dict, path: Path) -> list[dict]:
+    """Every record the options ask for; those of an earlier, interrupted call with the same setup are kept."""
+    tables, done = read_lengths(options.lengths), kept_records(path, report)
     results = []
     for model in options.models:
-        bench = Bench(model, options.device, METHODS)
-        vocab_size = MODELS[model]["vocab_size"]
+        vocab_size, bench = MODELS[model]["vocab_size"], None
         for text in options.texts:
             for size in options.batches:
                 methods = [m for m in options.methods if m not in SLOW or size <= options.slow_up_to]
-                rounds_of = batches(tables[text], size, options.rounds, vocab_size)
-                seconds = measure_time(bench, text, rounds_of, methods)
-                for method in methods:
-                    results.append(_record(bench, model, text, size, method, seconds, rounds_of))
-                    print(_line(results[-1]), flush=True)
+                found = [done.get((model, text, size, method, options.rounds)) for method in methods]
+                if None in found:
+                    bench = bench or Bench(model, options.device, METHODS)
+                    rounds_of = batches(tables[text], size, options.rounds, vocab_size)
+                    seconds = measure_time(bench, text, rounds_of, methods)
+                    found = [_record(bench, model, text, size, method, seconds, rounds_of) for method in methods]
+                results += found
+                print("\n".join(map(_line, found)), flush=True)
+                _write(path, report | {"results": [*results, *_not_yet(done, results)]})
         del bench
-        sizes = (
-            options.batches if options.device == "cuda" else [max(options.batches)]
-        )  # a new process each on a CPU
-        for record in results if options.memory else []:
-            if record["model"] == model and record["batch"] in sizes and record["method"] not in SLOW:
-                longest = batches(tables[record["text"]], record["batch"], 2, vocab_size)[-1]
-                record["peak_bytes"] = peak_memory(
-                    model, options.device, record["method"], record["text"], longest
-                )
+    for record in results if options.memory else []:
+        on_cpu = options.device == "cpu"  # there each needs a fresh process, so only the largest batch
+        if record["method"] in SLOW or "peak_bytes" in record or on_cpu and record["batch"] < max(options.batches):
+            continue
+        longest = batches(tables[record["text"]], record["batch"], 2, MODELS[record["model"]]["vocab_size"])[-1]
+        record["peak_bytes"] = peak_memory(
+            record["model"], options.device, record["method"], record["text"], longest
+        )
+        _write(path, report | {"results": results})
     return _with_memory_ratios(results)
+
+
+def kept_records(path: Path, report: dict) -> dict[tuple, dict]:
+    """(model, text, batch, method, rounds) → record of an earlier call on this device with these versions."""
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    if {name: earlier.get(name) for name in report} != report:
+        return {}
+    return {_key(record): record for record in earlier["results"]}
+
+
+def _key(record: dict) -> tuple:
+    return tuple(record[name] for name in ("model", "text", "batch", "method", "rounds_asked"))
+
+
+def _not_yet(done: dict[tuple, dict], results: list[dict]) -> list[dict]:
+    reached = set(map(_key, results))
+    return [record for key, record in done.items() if key not in reached]
+
+
+def _write(path: Path, report: dict) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _record(bench, model, text, size, method, seconds, rounds_of) -> dict:
@@ -184,6 +210,7 @@ def _record(bench, model, text, size, method, seconds, rounds_of) -> dict:
         batch=size,
         method=method,
         rounds=len(seconds[method]),
+        rounds_asked=len(rounds_of),
         seconds=median,
         ratio=ratio,
         ratio_low=low,
@@ -273,7 +300,10 @@ def parse() -> argparse.Namespace:
         "--write-lengths", action="store_true", help="make that file anew from WordNet and SST, and stop"
     )
     parser.add_argument(
-        "--out", type=Path, default=HERE / "results", help="folder of step_<device>.json, .png and .svg"
+        "--out",
+        type=Path,
+        default=HERE / "results",
+        help="folder of step_<device>.json, .png and .svg; what it holds from the same setup is kept",
     )
     options = parser.parse_args()
     options.methods = ["fine_tuning", *(method for method in options.methods if method != "fine_tuning")]
@@ -294,10 +324,10 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "results": records(options),
     }
-    with whole_file(options.out / f"step_{options.device}.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    path = options.out / f"step_{options.device}.json"
+    report["results"] = records(options, report, path)
+    _write(path, report)
     draw(report, options.out / f"step_{options.device}")
 
 

@@ -46,7 +46,7 @@ def method_order(methods: pd.Series) -> list[str]:
     return [method for method in METHOD_LABELS if method in present]
 
 
-def _one(table: pd.DataFrame, columns: list[str], figure: str) -> None:
+def check_one(table: pd.DataFrame, columns: list[str], figure: str) -> None:
     for name in columns:
         if name in table.columns and table[name].nunique(dropna=False) > 1:
             raise ValueError(f"{figure} shows one {name}, not {list(table[name].unique())}; filter the table")
@@ -54,7 +54,7 @@ def _one(table: pd.DataFrame, columns: list[str], figure: str) -> None:
         raise ValueError(f"{figure}: the table has no rows; check the filter before this call")
 
 
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Draw in the one style, and hand the figure over closed, so that a notebook shows it once."""
     @functools.wraps(draw)
     def styled(*arguments, **options) -> Figure:
@@ -65,7 +65,7 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return styled
 
 
-def _panels(width: float, height: float, columns: int = 1, sharey: bool = False) -> tuple[Figure, np.ndarray]:
+def make_panels(width: float, height: float, columns: int = 1, sharey: bool = False) -> tuple[Figure, np.ndarray]:
     figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, sharey=sharey)
     return figure, axes[0]
 
@@ -91,20 +91,20 @@ def save_figure(figure: Figure, folder: str | os.PathLike, name: str, data: pd.D
     return folder / f"{name}.png"
 
 
-@_styled
+@styled
 def learning_curves(history: pd.DataFrame) -> Figure:
     """Task loss, mutual information, stability, validation accuracy by step: thin lines seeds, thick mean.
 
     `history`: columns task, method, seed, step and any of task_loss, mutual_information, stability,
     validation_accuracy, NaN where a row does not hold one.
     """
-    _one(history, ["task"], "learning_curves")
+    check_one(history, ["task"], "learning_curves")
     titles = {"task_loss": "task loss", "mutual_information": "mutual-information loss",
               "stability": "stability loss", "validation_accuracy": "validation accuracy"}
     shown = [name for name in titles if name in history.columns and history[name].notna().any()]
     if not shown:
         raise ValueError(f"the training history holds none of {list(titles)}")
-    figure, panels = _panels(PAGE, 2.1, len(shown))
+    figure, panels = make_panels(PAGE, 2.1, len(shown))
     for axes, name in zip(panels, shown):
         for method in method_order(history["method"]):
             rows = history[(history["method"] == method) & history[name].notna()]
@@ -116,11 +116,11 @@ def learning_curves(history: pd.DataFrame) -> Figure:
         axes.set(title=titles[name], xlabel="training step")
     if shown[-1] == "validation_accuracy":
         panels[-1].yaxis.set_major_formatter(PercentFormatter(1))
-    _legend_below(figure, panels)
+    legend_below(figure, panels)
     return figure
 
 
-def _legend_below(figure: Figure, panels: np.ndarray) -> None:
+def legend_below(figure: Figure, panels: np.ndarray) -> None:
     entries: dict[str, object] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels()):
@@ -129,18 +129,18 @@ def _legend_below(figure: Figure, panels: np.ndarray) -> None:
                   ncols=min(len(entries), 3 if figure.get_figwidth() < 5 else 5))
 
 
-@_styled
+@styled
 def by_method(estimates: pd.DataFrame, values: pd.DataFrame | None = None, *, label: str) -> Figure:
     """One estimate a method, one panel a split: marker and bar are estimate and interval, dots the seeds.
 
     `estimates` from `statistics.summarise` or `coefficient_of_variation`, `values` from `per_seed`, both
     filtered to one task, model, condition and budget (an untuned model's budget of 0 aside).
     """
-    _one(estimates, ["task", "model", "condition", "rate", "source", "start_layer", "protocol"], "by_method")
+    check_one(estimates, ["task", "model", "condition", "rate", "source", "start_layer", "protocol"], "by_method")
     if estimates.duplicated(["split", "method"]).any():
         raise ValueError("by_method shows one row a split and method; filter budget, start and level")
     splits, methods = list(dict.fromkeys(estimates["split"])), method_order(estimates["method"])
-    figure, panels = _panels(COLUMN if len(splits) == 1 else PAGE, 2.3, len(splits), sharey=True)
+    figure, panels = make_panels(COLUMN if len(splits) == 1 else PAGE, 2.3, len(splits), sharey=True)
     for axes, split in zip(panels, splits):
         for place, method in enumerate(methods):
             if values is not None:
@@ -167,30 +167,30 @@ def cv_by_method(estimates: pd.DataFrame) -> Figure:
     return by_method(estimates.dropna(subset="estimate"), label="coefficient of variation")
 
 
-@_styled
+@styled
 def consist_syn_by_rate(estimates: pd.DataFrame, values: pd.DataFrame) -> Figure:
     """ConsistSyn against the share of words replaced, one panel a split: dots seeds, bars 95 % intervals."""
     return _by_condition(estimates, values, "rate", "split", "share of words replaced", "ConsistSyn")
 
 
-@_styled
+@styled
 def pooling_by_depth(estimates: pd.DataFrame, values: pd.DataFrame, *,
                      label: str = "accuracy kept") -> Figure:
     """A pooling metric against the share of depth where pooling starts, one panel a protocol.
 
     `estimates` and `values` of 'accuracy_kept' or 'pooling_drop', one split; dots seeds, bars 95 % intervals.
     """
-    _one(estimates, ["split", "level"], "pooling_by_depth")
+    check_one(estimates, ["split", "level"], "pooling_by_depth")
     return _by_condition(estimates, values, "depth_share", "protocol", "depth where pooling starts", label)
 
 
 def _by_condition(estimates: pd.DataFrame, values: pd.DataFrame, x: str, panel: str, x_label: str,
                   label: str) -> Figure:
-    _one(estimates, ["task", "model", "source"], f"the figure of {label}")
+    check_one(estimates, ["task", "model", "source"], f"the figure of {label}")
     if estimates.duplicated([panel, "method", x]).any():
         raise ValueError(f"the figure of {label} shows one row a {panel}, method and {x}; filter the rest")
     names, methods = list(dict.fromkeys(estimates[panel])), method_order(estimates["method"])
-    figure, panels = _panels(COLUMN if len(names) == 1 else PAGE, 2.5, len(names), sharey=True)
+    figure, panels = make_panels(COLUMN if len(names) == 1 else PAGE, 2.5, len(names), sharey=True)
     grid = np.sort(estimates[x].unique())
     step = 0.03 * (np.ptp(grid) or 1.0)
     for axes, name in zip(panels, names):
@@ -206,11 +206,11 @@ def _by_condition(estimates: pd.DataFrame, values: pd.DataFrame, x: str, panel: 
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     panels[0].set_ylabel(label)
-    _legend_below(figure, panels)
+    legend_below(figure, panels)
     return figure
 
 
-@_styled
+@styled
 def forest_plot(comparisons: pd.DataFrame) -> Figure:
     """A row a claim of `comparisons.primary_comparisons`: estimate and 95 % interval.
 
@@ -218,7 +218,7 @@ def forest_plot(comparisons: pd.DataFrame) -> Figure:
     margin. Lower panel, if any: CV ratios on a logarithmic axis. Filled: p below 0.05 after Holm's
     correction. A claim's name stands above its interval, so that the figure is legible on a phone too.
     """
-    _one(comparisons, [], "forest_plot")
+    check_one(comparisons, [], "forest_plot")
     known = comparisons.dropna(subset=["estimate"])
     ratio = known["kind"] == "cv ratio"
     parts = [(rows, is_ratio) for is_ratio, rows in known.groupby(ratio)]
@@ -253,19 +253,19 @@ def _forest(axes: Axes, rows: pd.DataFrame, scale: float) -> None:
     axes.spines["left"].set_visible(False)
 
 
-@_styled
+@styled
 def heat_map(grid: pd.DataFrame, *, label: str) -> Figure:
     """A metric over λ (rows) × last layer of the terms (columns), value in each cell; no interval is drawn.
 
     `grid`: columns carma_weight, end_layer, value (a share); an empty cell was not run. The colour scale,
     from light to dark, keeps its order in grey.
     """
-    _one(grid, [], "heat_map")
+    check_one(grid, [], "heat_map")
     if grid.duplicated(["carma_weight", "end_layer"]).any():
         raise ValueError("heat_map shows one value a carma_weight and end_layer; average over seeds first")
     table = grid.pivot(index="carma_weight", columns="end_layer", values="value").sort_index(ascending=False)
     width = COLUMN if table.shape[1] <= 6 else PAGE
-    figure, (axes,) = _panels(width, 0.9 + 0.32 * len(table))
+    figure, (axes,) = make_panels(width, 0.9 + 0.32 * len(table))
     sns.heatmap(100 * table, annot=True, fmt=".1f", cmap="cividis_r", ax=axes, linewidths=0.5,
                 annot_kws={"size": 7}, cbar_kws={"label": f"{label}, %"})
     axes.grid(visible=False)
@@ -273,14 +273,14 @@ def heat_map(grid: pd.DataFrame, *, label: str) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def drift_by_layer(drift: pd.DataFrame, *, label: str = "distance from the start") -> Figure:
     """Distance of hidden states from the starting model by layer: thin lines seeds, thick line their mean.
 
     `drift`: columns method, seed, layer, value. No interval is drawn.
     """
-    _one(drift, ["task", "split", "model"], "drift_by_layer")
-    figure, (axes,) = _panels(COLUMN, 2.4)
+    check_one(drift, ["task", "split", "model"], "drift_by_layer")
+    figure, (axes,) = make_panels(COLUMN, 2.4)
     for method in method_order(drift["method"]):
         rows = drift[drift["method"] == method]
         for _, line in rows.groupby("seed"):
@@ -290,18 +290,18 @@ def drift_by_layer(drift: pd.DataFrame, *, label: str = "distance from the start
                   label=METHOD_LABELS[method])
     axes.set(xlabel="layer", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_below(figure, np.array([axes]))
+    legend_below(figure, np.array([axes]))
     return figure
 
 
-@_styled
+@styled
 def power_by_seeds(power: pd.DataFrame, *, difference: float) -> Figure:
     """Power to find a true `difference` (in shares) by number of seeds, a line a claim of `power_table`.
 
     The thin line is the customary 80 %. Claims are no methods, so they have line styles, not colours.
     """
-    _one(power, [], "power_by_seeds")
-    figure, (axes,) = _panels(COLUMN, 2.6)
+    check_one(power, [], "power_by_seeds")
+    figure, (axes,) = make_panels(COLUMN, 2.6)
     for place, (name, line) in enumerate(power.groupby("name", sort=False)):
         axes.plot(line["n_seeds"], line["power"], label=name, color=("black", "#777777")[place // 4 % 2],
                   linestyle=("-", "--", "-.", ":")[place % 4])
