@@ -108,7 +108,7 @@ def _sweep(options: argparse.Namespace) -> int:
     print(plan_text(sweep, **where), flush=True)
     if options.dry_run:
         return 0
-    with open_executor(**where) as executor:
+    with open_executor(**where, gpus_each=sweep.gpus_each) as executor:
         end = run_sweep(sweep, executor, retries=options.retries)
     done = len(sweep.jobs) - len(end.failed)
     print(f"{done} of {len(sweep.jobs)} cells done" + "".join(

@@ -41,7 +41,7 @@ def plan_text(sweep: Sweep, *, workers: int | None = None, scheduler: str | None
     elif scheduler:
         count, where = 1, f"the workers of {scheduler}, whose number divides the time"
     else:
-        count = default_workers() if workers is None else workers
+        count = default_workers(sweep.gpus_each) if workers is None else workers
         if count < 1:
             raise ValueError(f"workers is {count}; it must be at least 1")
         where = f"{count} local processes"

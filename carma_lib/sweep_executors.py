@@ -1,6 +1,7 @@
-"""Where a sweep's cells run: processes of this machine, a Dask cluster, or SLURM jobs. Imports neither torch nor Dask.
+"""Where a sweep's cells run: processes of this machine, a Dask cluster, or SLURM jobs.
 
-Each is a `concurrent.futures.Executor`; the driver knows nothing else of it.
+Each is a `concurrent.futures.Executor`; the driver knows nothing else of it. Nothing here loads torch or Dask before
+it must.
 """
 from __future__ import annotations
 
@@ -112,15 +113,23 @@ def gpus() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def default_workers() -> int:
-    """One process a GPU; two where there is none."""
-    return len(gpus()) or 2
+def gpu_groups(size: int = 1) -> list[str]:
+    """`CUDA_VISIBLE_DEVICES` of each worker: `size` GPUs each, those left over with none."""
+    devices = gpus()
+    return [",".join(devices[first:first + size]) for first in range(0, len(devices) - size + 1, size)]
+
+
+def default_workers(gpus_each: int = 1) -> int:
+    """One process a GPU, or a group of them; two where there is none."""
+    return len(gpu_groups(gpus_each)) or 2
 
 
 @contextlib.contextmanager
 def open_executor(*, workers: int | None = None, scheduler: str | None = None,
-                  slurm: Path | None = None) -> Iterator[Executor]:
+                  slurm: Path | None = None, gpus_each: int = 1) -> Iterator[Executor]:
     """The executor of a sweep: `scheduler` of a Dask cluster, or `slurm` file, else `workers` local processes.
+
+    gpus_each: GPUs of a local worker.
 
     Raises `RunError` where Dask is not installed, the scheduler does not answer, or SLURM is not here.
     """
@@ -128,7 +137,7 @@ def open_executor(*, workers: int | None = None, scheduler: str | None = None,
         with (_dask_client(scheduler) if scheduler else _slurm_client(slurm)) as client:
             yield client.get_executor(pure=False)
         return
-    local = LocalExecutor(default_workers() if workers is None else workers, devices=gpus())
+    local = LocalExecutor(default_workers(gpus_each) if workers is None else workers, devices=gpu_groups(gpus_each))
     try:
         yield local
     except BaseException:

@@ -74,6 +74,11 @@ class Sweep:
     methods: tuple[str, ...]
     jobs: tuple[Job, ...]
 
+    @property
+    def gpus_each(self) -> int:
+        """GPUs that a worker needs: the most processes of a training."""
+        return max(job.settings.processes for job in self.jobs)
+
     def groups(self) -> dict[tuple[str, str], list[Job]]:
         """The jobs by (model, task): those of a group share a tokenizer and the start of each seed."""
         found: dict[tuple[str, str], list[Job]] = {}

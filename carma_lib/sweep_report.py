@@ -16,10 +16,24 @@ FAILED_COLUMNS = ["model", "task", "method", "seed", "reason"]
 
 
 def collect(sweep: Sweep) -> Path | None:
-    """The finished cells' parts as `results.parquet`; None where no cell is finished."""
-    lines = [finished(job) for job in sweep.jobs]
-    parts = [sweep.run_dir / line["part"] for line in lines if line]
-    return write_results(read_results(parts), sweep.run_dir / "results.parquet") if parts else None
+    """The finished cells' parts as `results.parquet`; None where no cell is finished.
+
+    Models that share name and start (as random ones of one shape, trained differently) get the name of their
+    folder beside it.
+    """
+    parts: dict[str, list[Path]] = {}
+    for job in sweep.jobs:
+        if line := finished(job):
+            parts.setdefault(job.model, []).append(sweep.run_dir / line["part"])
+    if not parts:
+        return None
+    tables_of = {name: read_results(paths) for name, paths in parts.items()}
+    called = {name: (table["model"].iloc[0], table["start"].iloc[0]) for name, table in tables_of.items()}
+    for name, (model, start) in called.items():
+        if list(called.values()).count((model, start)) > 1:
+            tables_of[name] = tables_of[name].assign(model=f"{model} ({name})")
+    results = pd.concat(tables_of.values(), ignore_index=True)
+    return write_results(results, sweep.run_dir / "results.parquet")
 
 
 def claims(sweep: Sweep, results: pd.DataFrame) -> list[dict]:
@@ -38,7 +52,8 @@ def claims(sweep: Sweep, results: pd.DataFrame) -> list[dict]:
         if baseline not in set(rows["method"]):
             continue
         several = models["model"].nunique() > 1 or models["start"].nunique() > 1
-        who = f"{model.rpartition('/')[2]}, " if several else ""
+        name = model if models.loc[models["task"] == task, "model"].tolist().count(model) == 1 else start
+        who = f"{name.rpartition('/')[2]}, " if several else ""
         where = {"task": task, **({"model": model, "start": start} if several else {})}
         for method in [name for name in trained if name != baseline and name in set(rows["method"])]:
             label = f"{who}{task.replace('_', ' ')}: {METHOD_LABELS[method]}"
@@ -51,7 +66,8 @@ def _questions(rows: pd.DataFrame) -> dict[str, dict]:
     splits = list(rows["split"].astype(str).unique())
     held_out, seen = (next((split for split in splits if split.endswith(name)), splits[0])
                       for name in ("held_out", "seen"))
-    asked = {"new combinations": {"kind": "difference", "metric": "accuracy", "split": held_out, "condition": "clean"}}
+    asked = {"new combinations": {"kind": "difference", "metric": "accuracy", "split": held_out,
+                                  "condition": "clean"}}
     rates = sorted(rows.loc[rows["condition"] == "replaced", "rate"].unique())
     if rates:
         asked["synonyms"] = {"kind": "difference", "metric": "consist_syn", "split": seen, "condition": "replaced",

@@ -28,8 +28,10 @@ except ImportError:  # no such lock on Windows
     fcntl = None
 
 from carma_lib.evaluation import answerable, evaluate_cell, evaluation_rows
-from carma_lib.experiment import encode_task, fine_tune, is_done, make_start, task_prompt
+from carma_lib.experiment import (encode_task, fine_tune, fine_tune_in_processes, is_done, make_start,
+                                  task_prompt)
 from carma_lib.files import fingerprint, whole_folder
+from carma_lib.memory import check_memory
 from carma_lib.models import load_config, load_tokenizer
 from carma_lib.parallel import quiet
 from carma_lib.perturbation import replaced_rows
@@ -131,14 +133,16 @@ def run_cell(job: Job) -> Outcome:
 
 def _work(job: Job) -> Path:
     if job.cell.method != "untuned":
-        fine_tune(job.run_dir, job.cell, job.settings)
+        train = fine_tune if job.settings.processes == 1 else fine_tune_in_processes
+        train(job.run_dir, job.cell, job.settings)
     return evaluate_cell(job.run_dir, job.cell, job.conditions)
 
 
 def prepare(jobs: list[Job]) -> Outcome:
     """What the cells of one model and task share: their data, the starts of their seeds, and the caches.
 
-    Only one process does this for a model and task, before any of its cells is begun.
+    Fails where a training will not fit this worker's memory, or no answer is one token of the start. Only one
+    process does this for a model and task, before any of its cells is begun.
     """
     with _ONE_AT_A_TIME:
         quiet()
@@ -150,7 +154,8 @@ def prepare(jobs: list[Job]) -> Outcome:
                 for job in jobs:
                     if not is_done(job.run_dir, job.start, job.settings):
                         make_start(job.run_dir, job.start, job.settings)
-                _fill_caches(jobs)
+                _encode(jobs)
+                _replace(first)
             return Outcome("done", time.monotonic() - started)
         except Exception as error:
             return failure(error, time.monotonic() - started)
@@ -169,20 +174,29 @@ def _give_data(job: Job) -> None:
             shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cache-*", "tmp*"))
 
 
-def _fill_caches(jobs: list[Job]) -> None:
-    """Encode the rows and replace synonyms once, so that the cells find both done."""
+def _encode(jobs: list[Job]) -> None:
+    """Encode the rows once, so that the cells find them in the cache, and see whether a training fits."""
     first = jobs[0]
-    task, start = first.cell.task, first.settings.start
-    model_type = load_config(str(first.run_dir / "models" / first.start.place)).model_type
+    config = load_config(str(first.run_dir / "models" / first.start.place))
     for augmented in sorted({job.cell.method == "synonym_augmentation" for job in jobs}):
-        encode_task(first.run_dir, task, model_type, first.settings, augmented=augmented)
-    tokenizer = load_tokenizer(str(first.run_dir / "tokenizers" / task))
-    for rows in evaluation_rows(first.run_dir, task, first.conditions).values():
+        rows = encode_task(first.run_dir, first.cell.task, config.model_type, first.settings, augmented=augmented)
+    if not len(rows["train"]):
+        raise ValueError("no training row's answer is one token of this tokenizer; take another start")
+    if any(job.cell.method != "untuned" for job in jobs):
+        check_memory(config, first.settings, tokens=max(rows["train"]["length"]))
+
+
+def _replace(job: Job) -> None:
+    """Replace synonyms once, so that the cells find the texts in the cache."""
+    task, start = job.cell.task, job.settings.start
+    tokenizer = load_tokenizer(str(job.run_dir / "tokenizers" / task))
+    model_type = load_config(str(job.run_dir / "models" / job.start.place)).model_type
+    for rows in evaluation_rows(job.run_dir, task, job.conditions).values():
         if start != "random":
             rows = answerable(rows, tokenizer, task_prompt(task, model_type, start))
-        for rate in first.conditions.rates:
-            replaced_rows(rows, task, rate=rate, seed=first.conditions.replacement_seed,
-                          cache_dir=first.run_dir / "cache")
+        for rate in job.conditions.rates:
+            replaced_rows(rows, task, rate=rate, seed=job.conditions.replacement_seed,
+                          cache_dir=job.run_dir / "cache")
 
 
 def failure(error: BaseException, seconds: float = 0.0) -> Outcome:

@@ -19,7 +19,8 @@ from carma_lib.models import small_model, train_tokenizer
 from carma_lib.results import read_results
 from carma_lib.sweep import plan_text, run_sweep
 from carma_lib.sweep_estimate import check_disk, estimate, weights_of
-from carma_lib.sweep_executors import LocalExecutor, WorkerLost, gpus, open_executor, slurm_cluster
+from carma_lib.sweep_executors import (LocalExecutor, WorkerLost, default_workers, gpu_groups, gpus, open_executor,
+                                       slurm_cluster)
 from carma_lib.sweep_plan import read_sweep
 from carma_lib.sweep_worker import finished, locked, log_path, read_log
 from carma_lib.tasks import build_task
@@ -179,6 +180,14 @@ def test_a_cell_is_tried_again_as_often_as_asked_and_then_named(tmp_path):
     assert finished(sweep.jobs[1]) and not finished(other.jobs[1]), "other conditions are another cell"
 
 
+def test_models_that_differ_in_their_training_only_are_told_apart(tmp_path):
+    sweep = sweep_of(tmp_path, methods=["untuned"], models=["random", {"start": "random", "batch_size": 4}])
+    with ThreadPoolExecutor(1) as executor:
+        assert not run_sweep(sweep, executor).failed
+    models = set(read_results(sweep.run_dir / "results.parquet").model)
+    assert models == {f"gpt2, 2 layers, width 32 ({job.model})" for job in sweep.jobs} and len(models) == 2
+
+
 def test_a_full_disk_stops_the_sweep_in_one_line(tmp_path):
     sweep = sweep_of(tmp_path)
     log_path(sweep.jobs[0]).parent.mkdir(parents=True)
@@ -224,6 +233,8 @@ def test_gpus_are_those_that_are_visible(monkeypatch):
     for value, found in (("2,5", ["2", "5"]), ("", []), ("-1", [])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
         assert gpus() == found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    assert gpu_groups() == ["0", "1", "2", "3", "4"] and gpu_groups(2) == ["0,1", "2,3"] and default_workers(2) == 2
 
 
 def test_a_worker_chooses_its_gpu_before_torch_is_loaded():
