@@ -74,8 +74,14 @@ def evaluation_rows(run_dir: Path, task: str, conditions: Conditions) -> dict[st
 
 
 def answerable(rows: datasets.Dataset, tokenizer: Any, prompt: Prompt) -> datasets.Dataset:
-    """The rows whose answer is one token after the prompt (as published, so test sets differ by tokenizer)."""
+    """The rows whose answer is one token after the prompt (as published, so test sets differ by tokenizer).
+
+    Raises `ValueError` where there is none.
+    """
     kept = encode(rows, tokenizer, prefix=prompt.prefix, suffix=prompt.suffix, drop=True)
+    if not len(kept):
+        raise ValueError(f"none of {len(rows)} items has an answer of one token of this tokenizer; take more items "
+                         "or another start")
     return kept.select_columns(rows.column_names)
 
 
@@ -220,7 +226,7 @@ def evaluate_cells(run_dir: Path, cells: Sequence[Cell], conditions: Conditions,
 
 
 def drift_of_cell(run_dir: Path, cell: Cell, items: int) -> pd.DataFrame:
-    """`compare_with_start` of a trained cell on the first `items` validation rows, with the cell's names."""
+    """`compare_with_start` of a trained cell on the first `items` validation rows that it can answer in one token."""
     model, tokenizer = load_model(str(run_dir / "models" / cell.place))
     start, _ = load_model(str(run_dir / "models" / replace(cell, method="untuned").place))
     _on_device(model)
@@ -228,7 +234,8 @@ def drift_of_cell(run_dir: Path, cell: Cell, items: int) -> pd.DataFrame:
     facts = read_json(run_dir / "models" / cell.place / "cell.json")
     rows = load_task(run_dir / "data" / cell.task)["validation"]
     prompt = task_prompt(cell.task, model.config.model_type, facts["start"])
-    rows = answerable(rows.select(range(min(items, len(rows)))), tokenizer, prompt)
+    rows = answerable(rows.select(range(min(20 * items, len(rows)))), tokenizer, prompt)
+    rows = rows.select(range(min(items, len(rows))))
     drift, perplexity = compare_with_start(model, start, tokenizer, rows, prompt=prompt)
     return drift.assign(**asdict(cell), perplexity=perplexity["model"], start_perplexity=perplexity["start"])
 

@@ -210,7 +210,7 @@ def _training_arguments(work: Path, cell: Cell, settings: Settings, steps: int) 
     more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}
             } if settings.gradient_checkpointing else {}
     if settings.processes > 1:
-        more["fsdp"] = "full_shard auto_wrap"
+        more |= {"fsdp": "full_shard auto_wrap", **({} if cuda else {"ddp_backend": "gloo"})}
     return TrainingArguments(
         output_dir=str(work), max_steps=steps, per_device_train_batch_size=settings.rows_a_pass,
         gradient_accumulation_steps=settings.accumulation, per_device_eval_batch_size=64,
@@ -218,7 +218,7 @@ def _training_arguments(work: Path, cell: Cell, settings: Settings, steps: int) 
         max_grad_norm=1.0, seed=cell.seed, eval_strategy="steps", eval_steps=every, save_strategy="steps",
         save_steps=every, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_accuracy",
         greater_is_better=True, logging_steps=min(every, 25), train_sampling_strategy="group_by_length",
-        report_to="none", disable_tqdm=True, bf16=settings.bf16, use_cpu=settings.bf16 and not cuda,
+        report_to="none", disable_tqdm=True, bf16=settings.bf16, use_cpu=not cuda and (settings.bf16 or settings.processes > 1),
         dataloader_pin_memory=cuda, **more)
 
 
