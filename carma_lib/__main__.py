@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"carma_lib: {error}", file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:
-        print(f"carma_lib: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"carma_lib: {type(error).__name__}: {error}{pipeline.if_full(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         pipeline.wait_for_kernels()
