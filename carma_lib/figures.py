@@ -57,12 +57,15 @@ def check_one(table: pd.DataFrame, columns: list[str], figure: str) -> None:
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Draw in the one style, and hand the figure over closed, so that a notebook shows it once."""
     @functools.wraps(draw)
-    def styled(*arguments, **options) -> Figure:
-        with plt.rc_context(_STYLE):
-            figure = draw(*arguments, **options)
-        plt.close(figure)
-        return figure
-    return styled
+    def in_style(*arguments, **options) -> Figure:
+        open_before = plt.get_fignums()
+        try:
+            with plt.rc_context(_STYLE):
+                return draw(*arguments, **options)
+        finally:
+            for number in set(plt.get_fignums()) - set(open_before):
+                plt.close(number)
+    return in_style
 
 
 def make_panels(width: float, height: float, columns: int = 1, sharey: bool = False) -> tuple[Figure, np.ndarray]:

@@ -27,7 +27,8 @@ def token_mutual_information(model: torch.nn.Module, batches: Iterable[Batch]) -
     """ln(1 + k) − L_MI by layer, in nats: a lower bound of the information between two tokens of one word.
 
     k = 5 negatives of the same text, drawn with one fixed seed; cosine similarity, temperature 0.1. Bounded by
-    ln 6 ≈ 1.79; 0 where a word's tokens are no more alike than any two (InfoNCE: arXiv 1807.03748, section 2.3).
+    ln 6 ≈ 1.79; 0 or less, and then no bound at all, where a word's tokens are no more alike than any two
+    (InfoNCE: arXiv 1807.03748, section 2.3).
     Mean over batches, weighted by their pairs of tokens. Layers −1, 0, …; `ValueError` without a word of two tokens.
     """
     totals, pairs = 0.0, 0

@@ -158,7 +158,6 @@ class _Tests(TrainerCallback):
             self.measures.append(_measure("accuracy", asked["correct"].mean(), split=split, budget=state.global_step))
             if split in TESTED:
                 self.tables.append(asked.assign(split=split, budget=state.global_step))
-        model.train()
 
 
 def _measure(name: str, value: float, *, split: str = "", budget: int = 0, layer: int = -2) -> dict[str, Any]:

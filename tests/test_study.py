@@ -15,7 +15,7 @@ from carma_lib.study_plan import (ALTERNATIVES, TRIALS, Design, Recipe, StudyCel
 from carma_lib.study_tables import (best_trials, cells_of, chosen_rates, chosen_strengths, curve_summary,
                                     paired_differences, read_answers, read_cells)
 
-RECIPE = Recipe(budgets=(2, 4), batch_size=8, warmup_steps=1, base_steps=3, validation_items=30, test_items=24,
+RECIPE = Recipe(budgets=(3, 5), batch_size=8, warmup_steps=1, base_steps=3, validation_items=30, test_items=24,
                 pooled_items=12, adversary_tries=2, heads=2, rates=(0.25,), depth_shares=(0.5, 1.0),
                 carma=CarmaConfig(mi_layers=(0, 1), stability_layers=(0, 1)))
 CELL = StudyCell(task="controlled_sentiment", start="base", training_items=60, method="carma", seed=1,
@@ -95,10 +95,12 @@ def test_a_second_run_gives_the_same_table(study, work, tmp_path):
 
 def test_a_budget_is_what_a_training_of_that_length_gives(study, work, tmp_path):
     """The learning rate does not know how long the run will be, and testing does not disturb it."""
-    run_cell(tmp_path, work, CELL, replace(RECIPE, budgets=(2,)))
-    long, short = table(study, CELL), table(tmp_path, CELL)
-    long = long[(long.budget == 2) & (long.condition == "clean")].reset_index(drop=True)
-    pd.testing.assert_frame_equal(long, short[short.condition == "clean"].reset_index(drop=True), check_categorical=False)
+    long = table(study, CELL)
+    for budget in RECIPE.budgets:
+        run_cell(tmp_path / str(budget), work, CELL, replace(RECIPE, budgets=(budget,)))
+        short = table(tmp_path / str(budget), CELL)
+        same = long[(long.budget == budget) & (long.condition == "clean")].reset_index(drop=True)
+        pd.testing.assert_frame_equal(same, short[short.condition == "clean"].reset_index(drop=True))
 
 
 def test_a_finished_cell_is_not_made_again_and_half_a_cell_is(study, work, tmp_path):
@@ -120,9 +122,9 @@ def test_answers_are_a_result_table(study):
     assert set(RESULT_COLUMNS) <= set(answers.columns)
     mine = answers[(answers.task == CELL.task) & (answers.start == "base") & (answers.method == "carma")]
     assert mine.groupby(["condition", "source", "budget"], observed=True).size().to_dict() == {
-        ("clean", "", 2): 72, ("clean", "", 4): 72, ("replaced", "controlled", 4): 24, ("replaced", "adversary", 4): 12,
-        ("pooled", "", 4): 12 * 2 * 3}
-    assert read_answers(cells, conditions=["clean"], budgets=[2]).budget.unique().tolist() == [2]
+        ("clean", "", 3): 72, ("clean", "", 5): 72, ("replaced", "controlled", 5): 24, ("replaced", "adversary", 5): 12,
+        ("pooled", "", 5): 12 * 2 * 3}
+    assert read_answers(cells, conditions=["clean"], budgets=[3]).budget.unique().tolist() == [3]
     assert len(cells_of(cells, [CELL, replace(CELL, seed=9)])) == 1
 
 
