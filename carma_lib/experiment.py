@@ -246,7 +246,8 @@ def fine_tune_in_processes(run_dir: Path, cell: Cell, settings: Settings) -> Pat
     job = run_dir / "work" / cell.place / "job.json"
     error = job.with_name("error.txt")
     error.unlink(missing_ok=True)
-    write_json(job, {"run_dir": str(run_dir), "cell": asdict(cell), "settings": asdict(settings), "parent": os.getpid()})
+    write_json(job, {"run_dir": str(run_dir), "cell": asdict(cell), "settings": asdict(settings),
+                     "parent": os.getpid()})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={settings.processes}", "-m", "carma_lib.distributed", str(job)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -133,7 +133,8 @@ def _cheaper(settings: Settings) -> Iterator[tuple[str, Settings]]:
         yield "adapter='lora', gradient_checkpointing=True", replace(smaller, adapter="lora",
                                                                      accumulation=settings.accumulation)
     if settings.adapter != "qlora":
-        yield f"adapter='qlora', accumulation={parts} and gradient_checkpointing=True", replace(smaller, adapter="qlora")
+        name = f"adapter='qlora', accumulation={parts} and gradient_checkpointing=True"
+        yield name, replace(smaller, adapter="qlora")
 
 
 def memory_table(config: PretrainedConfig, settings: Settings, *, tokens: int, workers: int = 1) -> pd.DataFrame:

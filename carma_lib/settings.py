@@ -105,8 +105,8 @@ class Filled(NamedTuple):
             "epochs", "steps", "batch_size", "learning_rate", "warmup_steps")}, **{
             name: getattr(carma, name) for name in _CARMA if name in _OPEN}}
         values.pop("steps" if chosen.epochs else "epochs")
-        return pd.DataFrame([{"setting": name, "value": str(value).strip("()"), "source": self.filled.get(name, "given")}
-                             for name, value in values.items()])
+        return pd.DataFrame([{"setting": name, "value": str(value).strip("()"),
+                              "source": self.filled.get(name, "given")} for name, value in values.items()])
 
 
 _CARMA = tuple(field.name for field in fields(CarmaConfig))

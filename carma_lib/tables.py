@@ -65,16 +65,33 @@ def published() -> pd.DataFrame:
     return pd.read_csv(resources.files("carma_lib") / "published.csv")
 
 
+def _keys_of_published(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the names that `published` has for their task and model; NaN for a task of this project."""
+    kind = {"wordnet_inverse_dictionary": "inverse_dictionary", "sst3": "sentiment"}
+    return rows.assign(published_task=rows["task"].astype(str).map(kind),
+                       published_model=rows["model"].astype(str).str.lower().str.split("/").str[-1])
+
+
+def pooling_beside_published(kept: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `summarise(…, "accuracy_kept")` for which the share kept under pooling was published, beside it.
+
+    The same task, model, method, protocol and start layer; ours pools words. May be empty.
+    """
+    theirs = published().query("metric == 'accuracy_kept'").rename(columns={
+        "task": "published_task", "model": "published_model", "value": "published_accuracy_kept"})
+    keys = ["published_task", "published_model", "method", "protocol", "start_layer"]
+    ours = _keys_of_published(kept[kept["level"] == "word"]).astype({"method": str, "protocol": str})
+    joined = ours.merge(theirs[[*keys, "published_accuracy_kept"]], on=keys)
+    return joined.drop(columns=["published_task", "published_model"])
+
+
 def beside_published(table: pd.DataFrame) -> pd.DataFrame:
     """`paper_table`'s clean rows with the published accuracy of the same task, model and method beside ours.
 
     Adds published_accuracy, published_correct and published_note, which says how the settings differ or why
     there is nothing to compare with.
     """
-    kind = {"wordnet_inverse_dictionary": "inverse_dictionary", "sst3": "sentiment"}
-    rows = table[table["rate"] == 0].copy()
-    rows["published_task"] = rows["task"].map(kind)
-    rows["published_model"] = rows["model"].str.lower().str.split("/").str[-1]
+    rows = _keys_of_published(table[table["rate"] == 0])
     theirs = published().query("metric == 'correct'").rename(columns={
         "task": "published_task", "model": "published_model", "value": "published_correct"})
     joined = rows.merge(theirs[["published_task", "published_model", "method", "published_correct", "of"]],

@@ -46,13 +46,14 @@ def train(config, settings):
     model = AutoModelForCausalLM.from_config(config)
     if settings.adapter == "lora":
         model = add_adapter(model, rank=settings.lora_rank, seed=1)
-    row = {"input_ids": torch.randint(5, VOCABULARY, (TOKENS,)), "attention_mask": torch.ones(TOKENS, dtype=torch.int64),
-           "constituent_ids": torch.arange(TOKENS) // 2, "target_ids": torch.tensor(7)}
+    row = {"input_ids": torch.randint(5, VOCABULARY, (TOKENS,)), "target_ids": torch.tensor(7),
+           "attention_mask": torch.ones(TOKENS, dtype=torch.int64), "constituent_ids": torch.arange(TOKENS) // 2}
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=2, per_device_train_batch_size=settings.rows_a_pass, report_to="none", disable_tqdm=True,
             gradient_accumulation_steps=settings.accumulation, gradient_checkpointing=settings.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False}, save_strategy="no", use_cpu=True, bf16=settings.bf16)
+            gradient_checkpointing_kwargs={"use_reentrant": False}, save_strategy="no", use_cpu=True,
+            bf16=settings.bf16)
         CarmaTrainer(model, arguments, carma=CARMA, train_dataset=[row] * 256, data_collator=lambda rows: {
             name: torch.stack([each[name] for each in rows]) for name in row}).train()
 

@@ -35,10 +35,11 @@ for cell in cells[1:]:
     fine_tune(run, cell, filled.settings)
 conditions = Conditions(rates=(), depth_shares=(1.0,), protocols=("mean",), levels=("word",))
 results = read_results([evaluate_cell(run, cell, conditions) for cell in cells])
-clean = results[results.condition == "clean"].pivot_table(index="item_id", columns="method", values="log_probability", observed=True)
-assert len(clean) == 20 and (clean.confidence_penalty != clean.fine_tuning).any()
 unchanged = results[results.condition == "clean"]
-figures.save_figure(figures.accuracy_by_method(accuracy(unchanged), per_seed(unchanged, "accuracy")), run, "figure", unchanged)
+answers = unchanged.pivot_table(index="item_id", columns="method", values="log_probability", observed=True)
+assert len(answers) == 20 and (answers.confidence_penalty != answers.fine_tuning).any()
+figure = figures.accuracy_by_method(accuracy(unchanged), per_seed(unchanged, "accuracy"))
+figures.save_figure(figure, run, "figure", unchanged)
 
 chosen = settings_for("your-name/granite-small", "sums", num_layers=4)
 assert (chosen.carma_weight, chosen.epochs) == (0.1, 5) and "epochs" in chosen.published
@@ -47,9 +48,10 @@ model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
     num_key_value_heads=2)).eval()
 ids, mask = torch.arange(5, 11)[None], torch.ones(1, 6, dtype=torch.int64)
 grid = pooling_grid(model, ids, mask, torch.full((1, 6), -1), start_layers=[0, 3], protocols=["mean"])
-assert all((logits - grid.clean).abs().max() < 1e-5 for logits in grid.pooled.values()), "nothing pooled, nothing changed"
+assert all((logits - grid.clean).abs().max() < 1e-5 for logits in grid.pooled.values()), "nothing is pooled"
 words = pooling_grid(model, ids, mask, torch.tensor([[0, 0, 1, 1, 2, -1]]), start_layers=[0, 3], protocols=["mean"])
-assert words.changed.tolist() == [2] and all((logits - grid.clean).abs().max() > 1e-5 for logits in words.pooled.values())
+assert words.changed.tolist() == [2]
+assert all((logits - grid.clean).abs().max() > 1e-5 for logits in words.pooled.values())
 print("all of it works")
 '''
 

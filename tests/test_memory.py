@@ -24,7 +24,8 @@ def test_estimate_is_near_the_measured_peak():
     names = ["gpt2", "llama", "gradient checkpointing", "lora"]
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path), MALLOC_ARENA_MAX="1")
     script = Path(__file__).with_name("measure_memory.py")
-    done = subprocess.run([sys.executable, str(script), *names], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(script), *names], env=environment, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     for name, (measured, estimated) in json.loads(done.stdout.splitlines()[-1]).items():
         assert 0.6 < measured / estimated < 1.1, (name, measured / 2**20, estimated / 2**20)
@@ -63,7 +64,8 @@ def test_what_makes_it_smaller():
     (0.05, 1, "take a smaller model"), (5.0, 2, "workers=1 does")])
 def test_refusal_names_the_first_way_that_fits(monkeypatch, free, workers, way_out):
     monkeypatch.setattr(memory, "available_memory", lambda: (int(free * GIB), "in memory"))
-    with pytest.raises(NotEnoughMemory, match=rf"training takes about \d\.\d GiB .*are free in memory.*{way_out}") as error:
+    said = rf"training takes about \d\.\d GiB .*are free in memory.*{way_out}"
+    with pytest.raises(NotEnoughMemory, match=said) as error:
         check_memory(GPT2, SETTINGS, tokens=58, workers=workers)
     assert "\n" not in str(error.value)
 

@@ -48,7 +48,8 @@ def test_nothing_else_is_called_published():
 def test_the_rule_for_others_is_the_median_of_the_published():
     scaled, values = read_table()["scaled"], list(PUBLISHED.values())
     assert scaled["carma_weight"] == median(each[0] for each in values)
-    assert (scaled["batch_size"], scaled["epochs"]) == (median(each[2] for each in values), median(each[3] for each in values))
+    assert scaled["batch_size"] == median(each[2] for each in values)
+    assert scaled["epochs"] == median(each[3] for each in values)
     shares = [value[1] / find_model(name)["blocks"] for (name, _), value in PUBLISHED.items()]
     assert scaled["last_layer_share"] == round(median(shares), 1) and round(median(shares), 2) == 0.28
     counts = {seed: sum(seed in each[4] for each in values) for each in values for seed in each[4]}

@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 from carma_lib import figures, tables
 from carma_lib.comparisons import primary_comparisons
 from carma_lib.report import formulas_to_pictures, write_report
+from carma_lib.statistics import summarise
 
 PAIR = {"method": "carma", "baseline": "fine_tuning"}
 PLAN = [
@@ -64,6 +65,18 @@ def test_published_figures_stand_beside_ours_and_say_how_they_differ():
     assert "counts only" in table.loc[("wordnet_inverse_dictionary", "carma"), "published_note"]
     assert "nothing published" in table.loc[("made_task", "carma"), "published_note"]
     assert table["published_note"].str.len().gt(0).all()
+
+
+def test_pooling_stands_beside_the_published_for_the_same_start_layer():
+    made = made_results(methods={"fine_tuning": 0.5, "carma": 0.5}, seeds=2, items=40, layers=(0, 5, 11),
+                        task="sst3", model="openai-community/gpt2-medium")
+    kept = summarise(made[made["condition"].isin(["clean", "pooled"])], "accuracy_kept")
+    beside = tables.pooling_beside_published(kept).set_index(["method", "protocol", "start_layer"])
+    assert beside["published_accuracy_kept"].to_dict() == {
+        ("fine_tuning", "mean", 5): 0.558, ("fine_tuning", "mean", 11): 0.733, ("carma", "mean", 5): 0.742,
+        ("carma", "mean", 11): 0.836, ("fine_tuning", "sum", 5): 0.450, ("fine_tuning", "sum", 11): 0.436,
+        ("carma", "sum", 5): 0.601, ("carma", "sum", 11): 0.526}
+    assert tables.pooling_beside_published(kept.assign(model="mine")).empty
 
 
 def test_saved_tables(tmp_path):
