@@ -44,7 +44,7 @@ def plan_text(sweep: Sweep, *, workers: int | None = None, scheduler: str | None
         count = default_workers(sweep.gpus_each) if workers is None else workers
         if count < 1:
             raise ValueError(f"workers is {count}; it must be at least 1")
-        where = f"{count} local processes"
+        where = f"{count} local process{'es' if count > 1 else ''}"
     found = estimate(sweep, workers=count)
     check_disk(sweep, found)
     return describe(sweep, found, workers=count, where=where)

@@ -2,8 +2,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -214,15 +216,53 @@ def device_beside_another(folder, number):
     return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
+def wait_for(found, seconds=600):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := found():
+            return value
+        time.sleep(0.02)
+    raise TimeoutError(f"not after {seconds} s")
+
+
+def kill_one_at_work(sweep, done=0, other_than=""):
+    """Kill a worker in the middle of a cell, once so many cells are done; the cell's name."""
+    def last_lines():
+        found = {job.name: read_log(log_path(job)) for job in sweep.jobs}
+        return {name: lines[-1] for name, lines in found.items() if lines and name != other_than}
+
+    wait_for(lambda: sum(line["state"] == "done" for line in last_lines().values()) >= done)
+
+    def kill():
+        for name, line in last_lines().items():
+            if line["state"] == "begun":
+                os.kill(line["pid"], signal.SIGSTOP)  # so that it cannot end the cell between look and kill
+                if last_lines()[name] == line:
+                    os.kill(line["pid"], signal.SIGKILL)
+                    return name
+                os.kill(line["pid"], signal.SIGCONT)
+        return None
+
+    return wait_for(kill)
+
+
 def test_local_workers_have_their_gpu_and_a_lost_one_is_replaced(tmp_path):
+    sweep = sweep_of(tmp_path, seeds=[1, 2])
+    lost = []
+    killer = threading.Thread(target=lambda: lost.append(kill_one_at_work(sweep)), daemon=True)
+    (tmp_path / "beside").mkdir()
     with LocalExecutor(2, devices=["5", "7"]) as executor:
-        for attempt in ("first", "after the loss of one"):
-            folder = tmp_path / attempt
-            folder.mkdir()
-            seen = [executor.submit(device_beside_another, folder, number) for number in range(2)]
-            assert {future.result(300) for future in seen} == {"5", "7"}
-            with pytest.raises(WorkerLost, match="ended abruptly"):
-                executor.submit(os._exit, 3).result(300)
+        seen = [executor.submit(device_beside_another, tmp_path / "beside", number) for number in range(2)]
+        assert {future.result(300) for future in seen} == {"5", "7"}
+        killer.start()
+        end = run_sweep(sweep, executor, retries=0)
+        killer.join(10)
+        with pytest.raises(WorkerLost, match="ended abruptly"):
+            executor.submit(os._exit, 3).result(300)
+    assert not end.failed and len(read_results(sweep.run_dir / "results.parquet").seed.unique()) == 2
+    logs = {job.name: [line["state"] for line in read_log(log_path(job))] for job in sweep.jobs}
+    assert logs.pop(lost[0]) == ["begun", "begun", "done"] and list(logs.values()) == [["begun", "done"]]
+    assert read_json(sweep.run_dir / "status.json")["counts"] == {"done": 2, "open": 0, "failed": 0, "lost": 1}
     with pytest.raises(RuntimeError, match="is shut down"):
         executor.submit(abs, 1)
     with pytest.raises(ValueError, match="workers is 0"):

@@ -2,11 +2,9 @@
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
@@ -17,7 +15,7 @@ from carma_lib.results import read_results
 from carma_lib.sweep import run_sweep
 from carma_lib.sweep_executors import open_executor
 from carma_lib.sweep_worker import log_path, read_log
-from test_sweep import SENTIMENT, sweep_of
+from test_sweep import SENTIMENT, kill_one_at_work, sweep_of, wait_for
 
 GRID = dict(tasks=[SENTIMENT], methods=["fine_tuning", "carma"], seeds=[1, 2, 3],
             models=[{"start": "random", "family": "llama"}, {"start": "random", "family": "gpt2"}])
@@ -30,6 +28,11 @@ def one_process(tmp_path_factory):
     with ThreadPoolExecutor(1) as executor:
         assert not run_sweep(sweep, executor).failed
     return sweep
+
+
+def address_in(file):
+    with contextlib.suppress(ValueError):  # half written
+        return (read_json(file) or {}).get("address")
 
 
 @pytest.fixture
@@ -47,18 +50,9 @@ def cluster(tmp_path):
 
         start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
               "--scheduler-file", "scheduler.json")
-        address = wait_for(lambda: (read_json(tmp_path / "scheduler.json") or {}).get("address"))
+        address = wait_for(lambda: address_in(tmp_path / "scheduler.json"))
         yield address, [start("worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard",
                               "--memory-limit", "0", "--local-directory", str(tmp_path / "dask")) for _ in range(3)]
-
-
-def wait_for(found, seconds=300):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := found():
-            return value
-        time.sleep(0.02)
-    raise TimeoutError(f"not after {seconds} s")
 
 
 def damage(sweep, job, one_process):
@@ -73,31 +67,14 @@ def damage(sweep, job, one_process):
     return work
 
 
-def kill_one_at_work(sweep, workers, bad):
-    """Kill a worker that is in the middle of a cell other than the bad one, once four are done; the cell's name."""
-    def states():
-        return {job.name: read_log(log_path(job)) for job in sweep.jobs}
-
-    wait_for(lambda: sum(lines[-1]["state"] == "done" for lines in states().values() if lines) >= 4)
-    while True:
-        for worker in workers:
-            worker.send_signal(signal.SIGSTOP)  # so that it cannot end the cell between look and kill
-            at_work = [name for name, lines in states().items() if lines and lines[-1]["state"] == "begun"
-                       and lines[-1]["pid"] == worker.pid and name != bad.name]
-            if at_work:
-                worker.kill()
-                return at_work[0]
-            worker.send_signal(signal.SIGCONT)
-            time.sleep(0.05)
-
-
 def test_a_killed_worker_and_a_damaged_cell_cost_nothing_else(tmp_path, one_process, cluster):
     sweep = sweep_of(tmp_path, "grid", **GRID)
     address, workers = cluster
     bad = sweep.jobs[-1]
     work = damage(sweep, bad, one_process)
     lost = []
-    killer = threading.Thread(target=lambda: lost.append(kill_one_at_work(sweep, workers, bad)), daemon=True)
+    killer = threading.Thread(target=lambda: lost.append(kill_one_at_work(sweep, done=4, other_than=bad.name)),
+                              daemon=True)
     killer.start()
     with open_executor(scheduler=address) as executor:
         end = run_sweep(sweep, executor, retries=1)
