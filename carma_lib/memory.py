@@ -15,7 +15,8 @@ tokens = rows of a forward pass × t. With gradient checkpointing only 4 d a blo
 whole. Eager attention adds blocks × heads × tokens × t × 3 b. Counted are the tensors that the backward pass reads
 (the residual stream and its norms in float32, the rest in b); compare arXiv 2205.05198, section 4, whose 34 bytes
 a token, block and unit of width in 16 bits are 17 numbers. Sharding over processes (FSDP) divides all but the
-activations. Not counted: the CUDA context (about half a GiB) and what other programs hold.
+activations. Not counted: the CUDA context (about half a GiB) and what other programs hold. On the CPU, the peak
+of small GPT-2 and Llama models was 84 to 100 % of the estimate (`tests/measure_memory.py`).
 """
 from __future__ import annotations
 

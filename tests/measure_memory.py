@@ -18,7 +18,7 @@ from carma_lib.models import add_adapter
 from carma_lib.settings import Settings
 from carma_lib.training import CarmaTrainer
 
-TOKENS, WIDTH, BLOCKS, VOCABULARY = 64, 384, 4, 2000
+TOKENS, WIDTH, BLOCKS, VOCABULARY = 64, 256, 4, 2000
 CARMA = CarmaConfig(mi_layers=(0, 1), stability_layers=(0, 1))
 PLAIN = Settings(carma=CARMA, batch_size=16, precision="float32")
 CASES = {

@@ -22,13 +22,14 @@ GIB = 2**30
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 def test_estimate_is_near_the_measured_peak():
     names = ["gpt2", "llama", "gradient checkpointing", "lora"]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path), MALLOC_ARENA_MAX="1")
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path), MALLOC_ARENA_MAX="1",
+                       MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")  # freed memory goes back
     script = Path(__file__).with_name("measure_memory.py")
     done = subprocess.run([sys.executable, str(script), *names], env=environment, capture_output=True, text=True,
                           timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     for name, (measured, estimated) in json.loads(done.stdout.splitlines()[-1]).items():
-        assert 0.6 < measured / estimated < 1.1, (name, measured / 2**20, estimated / 2**20)
+        assert 0.75 < measured / estimated < 1.05, (name, measured / 2**20, estimated / 2**20)
 
 
 def test_gpt2_small_by_hand():
