@@ -45,7 +45,8 @@ class Plan:
         package = Path(__file__).parent
         library = [path.read_text(encoding="utf-8") for path in sorted([*package.rglob("*.py"), *package.glob("*.csv"),
                                                                                  *package.glob("*.yml")])
-                   if path.name not in ("manifest.py", "pipeline.py", "__main__.py", "report.py")]
+                   if path.name not in ("manifest.py", "pipeline.py", "__main__.py", "report.py")
+                   and not path.name.startswith("sweep")]
         before, result = fingerprint(library, lexicon_file().read_text(encoding="utf-8")), {}
         for notebook in self.notebooks:
             before = fingerprint(before, self.parameters[notebook.name], source_of(notebook.path))
