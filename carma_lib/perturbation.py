@@ -13,15 +13,14 @@ import json
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from carma_lib.files import fingerprint, whole_file
 from carma_lib.lexicon import lemmas_of, sense_counts, synonym_forms, wordnet
 from carma_lib.tagging import Word, fixed_words, is_content, tagged_words
-from carma_lib.tasks import task_named
-from carma_lib.tasks.controlled import controlled_synonyms
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 RULES = 2  # part of every cache key: raise it with any change of what is replaced by what
 
@@ -153,6 +152,9 @@ def replaced_rows(rows: Dataset, task: str, *, rate: float, seed: int,
 
     The target word and its forms are never introduced into a definition.
     """
+    from carma_lib.tasks import task_named
+    from carma_lib.tasks.controlled import controlled_synonyms
+
     known = task_named(task)
     replaced = replace_all(
         rows["text"], rate=rate, seed=seed, item_ids=rows["item_id"], cache_dir=cache_dir,

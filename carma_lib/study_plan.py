@@ -35,7 +35,7 @@ SENSITIVITY: dict[str, tuple] = {
     "num_negatives": (1, "all"),
     "level": ("phrase",),
 }
-MODEL_SIZES = ((2, 64), (8, 64), (4, 32), (4, 128))  # layers, width
+MODEL_SIZES = ((2, 64), (4, 32), (4, 128))  # layers, width
 SHARED_RATE = 0.001  # learning rate of model sizes other than the study's own
 
 
@@ -171,7 +171,7 @@ class Design:
             "alternatives": [cell(*of) for of in product(self.tasks, [first], self.alternatives, self.further_seeds)],
             "sensitivity": [replace(cell(task, first, "carma", seed), change=change)
                             for task, change, seed in product(self.tasks, changes, self.further_seeds)],
-            "model_sizes": [replace(cell(task, "random", method, seed), layers=layers, width=width,
+            "model_sizes": [replace(cell(task, first, method, seed), start="random", layers=layers, width=width,
                                     learning_rate=SHARED_RATE)
                             for task, (layers, width), method, seed in product(
                                 self.tasks, self.model_sizes, both, self.further_seeds)],

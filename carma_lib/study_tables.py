@@ -43,6 +43,8 @@ def read_cells(study_dir: str | Path, *, tuning: bool = False) -> tuple[pd.DataF
 def cells_of(cells: pd.DataFrame, wanted: Iterable[StudyCell]) -> pd.DataFrame:
     """The rows of `read_cells` that belong to these cells of the plan; a cell that is not done is left out."""
     places = {str(cell.place) for cell in wanted}
+    if not places:
+        return cells.iloc[:0]
     own = [str(Path(*file.with_suffix("").parts[-len(Path(next(iter(places))).parts):])) for file in cells["file"]]
     return cells[[place in places for place in own]]
 

@@ -177,12 +177,12 @@ def test_first_failure_stops_with_cell_and_error_then_resumes(project, capsys):
 
 
 def test_time_limits(project, capsys):
-    write_manifest(project, cell_seconds=2, slow={"02_second": {"seconds": 60}})
+    write_manifest(project, cell_seconds=5, slow={"02_second": {"seconds": 60}})
     assert main(["run", "--profile", "slow"]) == 1
-    assert "02_second, cell time: a cell ran longer than 2 s" in capsys.readouterr().err
-    write_manifest(project, total_seconds=8, slow={"02_second": {"seconds": 60}})
+    assert "02_second, cell time: a cell ran longer than 5 s" in capsys.readouterr().err
+    write_manifest(project, total_seconds=20, slow={"02_second": {"seconds": 60}})
     assert main(["run", "--profile", "slow", "--fresh"]) == 1
-    assert "02_second, total time: not done after 8 s" in capsys.readouterr().err
+    assert "02_second, total time: not done after 20 s" in capsys.readouterr().err
 
 
 def test_a_notebook_must_make_what_it_says(project, capsys):
@@ -239,7 +239,7 @@ def test_every_command_that_the_readme_and_help_show_makes_a_plan():
 
     from carma_lib.__main__ import EPILOG, build_parser
 
-    shown = re.findall(r"-m carma_lib (run[^\n#]*)", EPILOG + (ROOT / "README.md").read_text())
+    shown = re.findall(r"-m carma_lib (run[^\n#`]*)", EPILOG + (ROOT / "README.md").read_text())
     assert len(shown) >= 6
     for line in shown:
         words = shlex.split(re.split(r"  +", line.strip())[0])

@@ -125,7 +125,13 @@ def test_answers_are_a_result_table(study):
         ("clean", "", 3): 72, ("clean", "", 5): 72, ("replaced", "controlled", 5): 24, ("replaced", "adversary", 5): 12,
         ("pooled", "", 5): 12 * 2 * 3}
     assert read_answers(cells, conditions=["clean"], budgets=[3]).budget.unique().tolist() == [3]
-    assert len(cells_of(cells, [CELL, replace(CELL, seed=9)])) == 1
+    assert len(cells_of(cells, [CELL, replace(CELL, seed=9)])) == 1 and not len(cells_of(cells, []))
+
+
+def test_a_study_from_one_start_has_all_its_blocks():
+    rates = {place: rate for place, rate in RATES.items() if place[1] == "base"}
+    blocks = Design(starts=("base",)).blocks(rates, STRENGTHS)
+    assert {cell.start for cell in blocks["model_sizes"]} == {"random"} and not blocks["alternatives_from_other_starts"]
 
 
 def test_the_adversary_is_no_kinder_than_one_replacement(study, work):
