@@ -174,8 +174,8 @@ def records(options: argparse.Namespace, report: dict, path: Path) -> list[dict]
         record["peak_bytes"] = peak_memory(
             record["model"], options.device, record["method"], record["text"], longest
         )
-        _write(path, report | {"results": results})
-    return _with_memory_ratios(results)
+        _write(path, report | {"results": [*results, *_not_yet(done, results)]})
+    return _with_memory_ratios([*results, *_not_yet(done, results)])
 
 
 def kept_records(path: Path, report: dict) -> dict[tuple, dict]:
