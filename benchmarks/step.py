@@ -196,6 +196,7 @@ def _not_yet(done: dict[tuple, dict], results: list[dict]) -> list[dict]:
 
 
 def _write(path: Path, report: dict) -> None:
+    report["results"].sort(key=lambda record: (record["model"], record["text"], record["batch"]))
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")
 
