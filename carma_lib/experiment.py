@@ -27,12 +27,10 @@ from carma_lib.memory import check_memory
 from carma_lib.methods import METHODS, check_method, make_trainer
 from carma_lib.models import (Prompt, add_adapter, load_config, load_model, load_tokenizer, prompt_for, save_adapter,
                               small_model, train_tokenizer)
-from carma_lib.parallel import quiet, run_parallel, start_worker
-from carma_lib.perturbation import replaced_rows
+from carma_lib.parallel import quiet, run_parallel
+from carma_lib.perturbation import with_synonym_copies
 from carma_lib.settings import Settings
 from carma_lib.tasks import load_task, read_card, task_named
-
-_quiet, _start_worker = quiet, start_worker
 
 
 @dataclass(frozen=True, order=True)
@@ -66,9 +64,8 @@ def encode_task(run_dir: Path, task: str, model_type: str, settings: Settings, *
         kept = min(settings.training_items, len(rows["train"]))
         rows["train"] = rows["train"].shuffle(seed=0).select(range(kept))
     if augmented:
-        copies, _ = replaced_rows(rows["train"], task, rate=METHODS["synonym_augmentation"].default, seed=0,
-                                  cache_dir=run_dir / "cache")
-        rows["train"] = datasets.concatenate_datasets([rows["train"], copies.select_columns(rows["train"].column_names)])
+        rows["train"] = with_synonym_copies(rows["train"], task, rate=METHODS["synonym_augmentation"].default,
+                                            cache_dir=run_dir / "cache")
     rows["validation"] = rows["validation"].select(range(min(settings.validation_items, len(rows["validation"]))))
     return {split: encode(rows[split], tokenizer, prefix=prompt.prefix, suffix=prompt.suffix,
                           drop=settings.start != "random") for split in ("train", "validation")}

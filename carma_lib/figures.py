@@ -47,6 +47,7 @@ def method_order(methods: pd.Series) -> list[str]:
 
 
 def check_one(table: pd.DataFrame, columns: list[str], figure: str) -> None:
+    """ValueError where a table is empty, or holds several values in a column of which a figure shows one."""
     for name in columns:
         if name in table.columns and table[name].nunique(dropna=False) > 1:
             raise ValueError(f"{figure} shows one {name}, not {list(table[name].unique())}; filter the table")
@@ -69,6 +70,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def make_panels(width: float, height: float, columns: int = 1, sharey: bool = False) -> tuple[Figure, np.ndarray]:
+    """A figure of `width` × `height` inches, and its axes side by side."""
     figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, sharey=sharey)
     return figure, axes[0]
 
@@ -124,6 +126,7 @@ def learning_curves(history: pd.DataFrame) -> Figure:
 
 
 def legend_below(figure: Figure, panels: np.ndarray) -> None:
+    """One legend below all panels, each label once."""
     entries: dict[str, object] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels()):

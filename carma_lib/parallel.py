@@ -48,6 +48,7 @@ def run_parallel(function: Callable[..., Result], arguments: Sequence[tuple], *,
 
 
 def start_worker(threads: int) -> None:
+    """Set a fresh worker process up: its threads, no bars of its own, and an end with its parent."""
     torch.set_num_threads(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     quiet()

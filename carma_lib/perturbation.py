@@ -165,6 +165,14 @@ def replaced_rows(rows: Dataset, task: str, *, rate: float, seed: int,
         [each.made for each in replaced]
 
 
+def with_synonym_copies(rows: Dataset, task: str, *, rate: float, cache_dir: Path) -> Dataset:
+    """The rows, then each of them a second time with synonyms (`replaced_rows`): synonym augmentation."""
+    from datasets import concatenate_datasets
+
+    copies, _ = replaced_rows(rows, task, rate=rate, seed=0, cache_dir=cache_dir)
+    return concatenate_datasets([rows, copies.select_columns(rows.column_names)])
+
+
 def worst_replacement(text: str, *, rate: float, seeds: Iterable[int], score: Score,
                       span: tuple[int, int] | None = None, item_id: str | None = None,
                       forbidden: str | Sequence[str] = (), source: Source = synonym_forms) -> Replacement:

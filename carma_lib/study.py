@@ -28,12 +28,11 @@ from carma_lib.mechanism import (additive_structure, final_states, part_matrix, 
                                  token_mutual_information)
 from carma_lib.methods import make_trainer
 from carma_lib.models import load_model, load_tokenizer, prompt_for, small_model, train_tokenizer
-from carma_lib.perturbation import replaced_rows, worst_replacements
-from carma_lib.study_plan import Recipe, StudyCell, carma_of, strength_of
+from carma_lib.perturbation import replaced_rows, with_synonym_copies, worst_replacements
+from carma_lib.study_plan import TASKS, Recipe, StudyCell, carma_of, strength_of
 from carma_lib.tasks import build_task, load_task, read_card, task_named
 from carma_lib.tasks.controlled import controlled_synonyms
 
-TASKS = ("controlled_inverse_dictionary", "controlled_sentiment")
 TESTED = ("test_seen", "test_held_out", "test_longer")
 
 
@@ -83,6 +82,13 @@ def _base(work_dir: Path, seed: int, layers: int, width: int, recipe: Recipe) ->
         read_json(work_dir / "tokenizer" / "mark.json"))
 
 
+def _start_model(work_dir: Path, start: str, seed: int, layers: int, width: int, recipe: Recipe) -> Any:
+    """What a cell begins from: the base model of its seed, or random weights."""
+    if start == "base":
+        return load_model(str(make_base(work_dir, seed, layers, width, recipe)))[0]
+    return small_model(recipe.family, _tokenizer(work_dir), layers=layers, width=width, heads=recipe.heads, seed=seed)
+
+
 def is_done(study_dir: Path, cell: StudyCell) -> bool:
     """Whether the cell's facts, which are written last, are there."""
     return (study_dir / f"{cell.place}.json").is_file()
@@ -91,21 +97,16 @@ def is_done(study_dir: Path, cell: StudyCell) -> bool:
 def run_cell(study_dir: Path, work_dir: Path, cell: StudyCell, recipe: Recipe) -> Path:
     """Train a cell and test it at every budget; a tuning cell is tested on validation rows alone."""
     path = study_dir / f"{cell.place}.json"
-    if path.is_file():
+    if is_done(study_dir, cell):
         return path
     started = time.monotonic()
-    tokenizer = _tokenizer(work_dir)
-    if cell.start == "base":
-        model, _ = load_model(str(make_base(work_dir, cell.seed, cell.layers, cell.width, recipe)))
-    else:
-        model = small_model(recipe.family, tokenizer, layers=cell.layers, width=cell.width, heads=recipe.heads,
-                            seed=cell.seed)
+    model = _start_model(work_dir, cell.start, cell.seed, cell.layers, cell.width, recipe)
     work = work_dir / "trainer" / cell.place
     tests = _Tests(work_dir, cell, recipe)
     trainer = make_trainer(
         cell.method, model, _arguments(work, recipe, cell.seed, recipe.budgets[-1], cell.learning_rate),
         carma=carma_of(cell, recipe), strength=strength_of(cell), train_dataset=_training_rows(work_dir, cell),
-        data_collator=Collator(tokenizer), callbacks=[tests])
+        data_collator=Collator(_tokenizer(work_dir)), callbacks=[tests])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     model.eval()
@@ -124,9 +125,15 @@ def run_cells(study_dir: Path, work_dir: Path, cells: Iterable[StudyCell], recip
               workers: int = 1) -> None:
     """Every cell that is not done, in `workers` processes with a progress bar; base models first.
 
-    The first error stops what has not begun and is raised; what is done stays done.
+    The first error stops what has not begun and is raised; what is done stays done. `ValueError` where done
+    cells were made by another recipe.
     """
-    open_cells = [cell for cell in dict.fromkeys(cells, None) if not is_done(study_dir, cell)]
+    cells = list(dict.fromkeys(cells))
+    open_cells = [cell for cell in cells if not is_done(study_dir, cell)]
+    for cell in set(cells) - set(open_cells):
+        if read_json(study_dir / f"{cell.place}.json")["recipe"] != fingerprint(asdict(recipe)):
+            raise ValueError(f"{study_dir} holds cells made by another recipe, such as {cell.place}; give another "
+                             "study_dir, or move that folder away")
     if not open_cells:
         return
     prepare(work_dir, recipe)
@@ -174,8 +181,7 @@ def _columns(measures: list[dict[str, Any]]) -> dict[str, str]:
 def _changed_answers(work_dir: Path, cell: StudyCell, recipe: Recipe, model: Any) -> pd.DataFrame:
     """Answers to the seen test items with synonyms, to the adversary's choice of them, and under pooling."""
     tokenizer, task = _tokenizer(work_dir), cell.task
-    rows, prompt = _rows(work_dir, task, "test_seen", recipe), prompt_for(task_named(task).kind)
-    parts = []
+    rows, parts = _rows(work_dir, task, "test_seen", recipe), []
     for rate, (texts, changed) in _replacements(work_dir, task, recipe).items():
         asked = answers(model, tokenizer, _text_prompts(work_dir, task, recipe, tuple(texts["text"])))
         parts.append(asked.assign(condition="replaced", source="controlled", rate=rate, changed=changed))
@@ -193,38 +199,42 @@ def _changed_answers(work_dir: Path, cell: StudyCell, recipe: Recipe, model: Any
     parts.append(asked.assign(condition="replaced", source="adversary", rate=recipe.adversary_rate,
                               changed=[each.made for each in worst]))
     shares = shares_by_layer(cell.layers, recipe.depth_shares)
-    prompts = prompts_of(some, tokenizer, prompt)
+    prompts = _text_prompts(work_dir, task, recipe, tuple(some["text"]))
     parts.append(answers(model, tokenizer, prompts, shares=shares).assign(source=""))
     return pd.concat(parts, ignore_index=True).assign(split="test_seen")
 
 
 def _mechanism(work_dir: Path, cell: StudyCell, recipe: Recipe, model: Any) -> list[dict[str, Any]]:
     """Structure of hidden states by layer before and after training, drift, and perplexity of plain texts."""
-    tokenizer = _tokenizer(work_dir)
-    if cell.start == "base":
-        start, _ = load_model(str(make_base(work_dir, cell.seed, cell.layers, cell.width, recipe)))
-    else:
-        start = small_model(recipe.family, tokenizer, layers=cell.layers, width=cell.width, heads=recipe.heads,
-                            seed=cell.seed)
-    seen = _prompts(work_dir, cell.task, "test_seen", recipe)
-    measures = []
-    for name, each in (("before", start), ("after", model)):
-        measures += [_measure(f"{measure}_{name}", value, layer=layer)
-                     for measure, values in _structure(work_dir, cell, recipe, each).items()
-                     for layer, value in enumerate(values)]
-        measures += [_measure(f"token_mutual_information_{name}", value, layer=layer - 1)
-                     for layer, value in enumerate(token_mutual_information(each, seen.batches))]
-        measures.append(_measure(f"perplexity_{name}", perplexity(each, _text_batches(work_dir))))
-    drift = hidden_state_drift(model, start, seen.batches)
+    origin = (work_dir, cell.start, cell.seed, cell.layers, cell.width, recipe)
+    measures = [*_start_measures(cell.task, *origin), *_model_measures(work_dir, cell.task, recipe, model, "after")]
+    drift = hidden_state_drift(model, _start_model(*origin), _prompts(work_dir, cell.task, "test_seen", recipe).batches)
     return measures + [_measure(name, value, layer=layer) for name in ("drift", "cosine", "cka")
                        for layer, value in zip(drift["layer"], drift[name])]
 
 
-def _structure(work_dir: Path, cell: StudyCell, recipe: Recipe, model: Any) -> dict[str, list[float]]:
+@lru_cache(maxsize=64)
+def _start_measures(task: str, work_dir: Path, start: str, seed: int, layers: int, width: int,
+                    recipe: Recipe) -> list[dict[str, Any]]:
+    """The measures before training, the same for every method."""
+    return _model_measures(work_dir, task, recipe, _start_model(work_dir, start, seed, layers, width, recipe), "before")
+
+
+def _model_measures(work_dir: Path, task: str, recipe: Recipe, model: Any, when: str) -> list[dict[str, Any]]:
+    measures = [_measure(f"{name}_{when}", value, layer=layer)
+                for name, values in _structure(work_dir, task, recipe, model).items()
+                for layer, value in enumerate(values)]
+    information = token_mutual_information(model, _prompts(work_dir, task, "test_seen", recipe).batches)
+    measures += [_measure(f"token_mutual_information_{when}", value, layer=layer - 1)
+                 for layer, value in enumerate(information)]
+    return [*measures, _measure(f"perplexity_{when}", perplexity(model, _text_batches(work_dir)))]
+
+
+def _structure(work_dir: Path, task: str, recipe: Recipe, model: Any) -> dict[str, list[float]]:
     """Additive structure over the test items, and a read-out fitted on validation rows and tested, by layer."""
-    asked = {split: _prompts(work_dir, cell.task, split, recipe) for split in ("validation", *TESTED[:2])}
+    asked = {split: _prompts(work_dir, task, split, recipe) for split in ("validation", *TESTED[:2])}
     states = {split: final_states(model, prompts.batches, prompts.places) for split, prompts in asked.items()}
-    parts = _parts(work_dir, cell.task, recipe)
+    parts = _parts(work_dir, task, recipe)
     found: dict[str, list[float]] = {name: [] for name in (
         "variance_explained", "angle", "read_out_seen", "read_out_held_out")}
     fitted = asked["validation"].targets + asked["test_seen"].targets[::2]
@@ -287,9 +297,9 @@ def _prompts(work_dir: Path, task: str, split: str, recipe: Recipe) -> Prompts:
     return prompts_of(_rows(work_dir, task, split, recipe), _tokenizer(work_dir), prompt_for(task_named(task).kind))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def _text_prompts(work_dir: Path, task: str, recipe: Recipe, texts: tuple[str, ...]) -> Prompts:
-    """Other wordings of the first seen test items."""
+    """The first seen test items, in these wordings."""
     rows = _rows(work_dir, task, "test_seen", recipe).select(range(len(texts)))
     changed = rows.remove_columns(["text", "phrases"]).add_column("text", list(texts))
     return prompts_of(changed, _tokenizer(work_dir), prompt_for(task_named(task).kind))
@@ -333,8 +343,7 @@ def _encoded_training(work_dir: Path, task: str, number: int, level: str, rate: 
     rows = _task(work_dir, task)["train"].shuffle(seed=0)
     rows = rows.select(range(min(number, len(rows))))
     if rate is not None:
-        copies, _ = replaced_rows(rows, task, rate=rate, seed=0, cache_dir=work_dir / "cache")
-        rows = datasets.concatenate_datasets([rows, copies.select_columns(rows.column_names)])
+        rows = with_synonym_copies(rows, task, rate=rate, cache_dir=work_dir / "cache")
     prompt = prompt_for(task_named(task).kind)
     encoded = encode(rows, _tokenizer(work_dir), prefix=prompt.prefix, suffix=prompt.suffix, level=level)
     return encoded.select_columns(["input_ids", "constituent_ids", "target_id"]).to_list()

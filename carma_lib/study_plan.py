@@ -11,6 +11,7 @@ from carma_lib.losses import CarmaConfig
 from carma_lib.methods import METHODS, check_method
 from carma_lib.tasks import task_named
 
+TASKS = ("controlled_inverse_dictionary", "controlled_sentiment")
 STARTS = ("base", "random")
 #: The strengths tried for each method on the validation split, as many for all; for plain fine-tuning the
 #: learning rate, which all methods then share.
@@ -124,7 +125,7 @@ class Design:
     further_seeds: of all else; tuning_seeds: of the trials, used nowhere else. trials: how many a method.
     """
 
-    tasks: tuple[str, ...] = ("controlled_inverse_dictionary", "controlled_sentiment")
+    tasks: tuple[str, ...] = TASKS
     starts: tuple[str, ...] = STARTS
     few: int = 900
     other_sizes: tuple[int, ...] = (300, 4500)
@@ -228,16 +229,14 @@ def carma_of(cell: StudyCell, recipe: Recipe) -> CarmaConfig:
         first, last = carma.mi_layers
         layers = (first * cell.layers // own, max(1, (last + 1) * cell.layers // own - 1))
         carma = replace(carma, mi_layers=layers, stability_layers=layers)
-    if cell.change is None or cell.change[0] == "level":
+    if cell.change is None or cell.change[0] in ("level", "carma_weight"):  # λ comes as the strength
         return carma
     name, value = cell.change
-    return replace(carma, **{
-        "carma_weight": lambda: {},  # given as the cell's strength by `strength_of`
-        "term_weights": lambda: {"mi_weight": value[0], "stability_weight": value[1]},
-        "layer_range": lambda: {"mi_layers": value, "stability_layers": value},
-        "temperature": lambda: {"temperature": value},
-        "num_negatives": lambda: {"num_negatives": None if value == "all" else value},
-    }[name]())
+    if name == "term_weights":
+        return replace(carma, mi_weight=value[0], stability_weight=value[1])
+    if name == "layer_range":
+        return replace(carma, mi_layers=value, stability_layers=value)
+    return replace(carma, **{name: None if value == "all" else value})
 
 
 def strength_of(cell: StudyCell) -> float | None:

@@ -21,7 +21,7 @@ _TEXT = [name for name, (kind, _) in RESULT_COLUMNS.items() if kind == "category
 
 
 def read_cells(study_dir: str | Path, *, tuning: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """All finished cells of a study, a row each (`CELL_FACTS`, seconds, file), and their measures, a row a value.
+    """All finished cells of a study, a row each (`CELL_FACTS`, seconds, file, place), and their measures, a row a value.
 
     tuning: the trials instead. `ResultsError` where there are none.
     """
@@ -34,6 +34,7 @@ def read_cells(study_dir: str | Path, *, tuning: bool = False) -> tuple[pd.DataF
     cells["strength"] = cells["strength"].astype(float)
     cells["value"] = cells["value"].astype(str)
     cells["file"] = [file.with_suffix(".parquet") for file in files]
+    cells["place"] = [file.relative_to(study_dir).with_suffix("").as_posix() for file in files]
     measures = pd.concat([pd.DataFrame({name: column.split(",") for name, column in each["measures"].items()}).assign(
         cell=number) for number, each in enumerate(facts)], ignore_index=True)
     measures = measures.astype({"budget": int, "layer": int, "value": float}).rename(columns={"value": "measured"})
@@ -42,11 +43,7 @@ def read_cells(study_dir: str | Path, *, tuning: bool = False) -> tuple[pd.DataF
 
 def cells_of(cells: pd.DataFrame, wanted: Iterable[StudyCell]) -> pd.DataFrame:
     """The rows of `read_cells` that belong to these cells of the plan; a cell that is not done is left out."""
-    places = {str(cell.place) for cell in wanted}
-    if not places:
-        return cells.iloc[:0]
-    own = [str(Path(*file.with_suffix("").parts[-len(Path(next(iter(places))).parts):])) for file in cells["file"]]
-    return cells[[place in places for place in own]]
+    return cells[cells["place"].isin({cell.place.as_posix() for cell in wanted})]
 
 
 def read_answers(cells: pd.DataFrame, *, conditions: Sequence[str] = ("clean", "replaced", "pooled"),
@@ -71,7 +68,7 @@ def read_answers(cells: pd.DataFrame, *, conditions: Sequence[str] = ("clean", "
     answers["item_id"] = answers["task"] + "/" + splits + "/" + answers["item"].astype(str).str.zfill(5)
     for name in _TEXT:
         answers[name] = answers[name].astype("category")
-    answers["rate"] = answers["rate"].round(4).astype(float).round(4)
+    answers["rate"] = answers["rate"].astype(float).round(4)
     answers["depth_share"] = answers["depth_share"].astype(float).round(4)
     return answers.drop(columns="item")
 

@@ -115,6 +115,12 @@ def test_a_finished_cell_is_not_made_again_and_half_a_cell_is(study, work, tmp_p
     pd.testing.assert_frame_equal(table(tmp_path, CELL), table(study, CELL))
 
 
+def test_cells_of_another_recipe_are_not_mixed_in(study, work):
+    with pytest.raises(ValueError, match="made by another recipe, such as cells/controlled_sentiment"):
+        run_cells(study, work, [CELL], replace(RECIPE, batch_size=4))
+    run_cells(study, work, [CELL], RECIPE)
+
+
 def test_answers_are_a_result_table(study):
     cells, _ = read_cells(study)
     assert len(cells) == 4, "trials do not count as cells"
