@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig,
                           PreTrainedModel, PreTrainedTokenizerFast)
@@ -109,7 +110,7 @@ def load_model(name_or_folder: str, *, dtype: torch.dtype | str = "auto",
     dtype: of the weights; "auto" as they are stored. four_bits: quantised to NF4, for a frozen start (QLoRA,
     arXiv 2305.14314); needs CUDA and bitsandbytes. What is stored quantised is loaded so.
 
-    Raises `ModelNotFound` for an absent or gated model, `TypeError` for one without a fast tokenizer,
+    Raises `ModelNotFound` for an absent, gated or damaged model, `TypeError` for one without a fast tokenizer,
     `ValueError` where four bits or adapters are not to be had here.
     """
     adapter = read_json(Path(name_or_folder) / "adapter_config.json")
@@ -121,7 +122,7 @@ def load_model(name_or_folder: str, *, dtype: torch.dtype | str = "auto",
     options = {"quantization_config": _four_bits()} if four_bits else {}
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_folder, dtype=dtype, **options), tokenizer
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_found(name_or_folder, "causal language model", error) from error
 
 
@@ -182,7 +183,9 @@ def _not_found(name_or_folder: str, what: str, error: BaseException) -> OSError:
         return OSError(errno.ENOSPC, f"the disk is full while loading '{name_or_folder}': free space, or set HF_HOME "
                                      "to a folder on another disk")
     names = {kind.__name__ for each in chain for kind in type(each).__mro__}
-    if Path(name_or_folder).is_dir():
+    if isinstance(error, SafetensorError):
+        why, way_out = "its weights are damaged", "fetch or save them again"
+    elif Path(name_or_folder).is_dir():
         why, way_out = "the folder holds none", "give one made by save_pretrained"
     elif "GatedRepoError" in names:
         why, way_out = "its owners gate it", "ask for access on its page at the hub, then log in with `hf auth login`"

@@ -162,3 +162,12 @@ def test_four_bits_need_cuda(tokenizer, tmp_path):
 def test_an_empty_folder_holds_no_model(load, tmp_path):
     with pytest.raises(ModelNotFound, match="the folder holds none; give one made by save_pretrained"):
         load(str(tmp_path))
+
+
+def test_damaged_weights_are_told(tokenizer, tmp_path):
+    small_model("llama", tokenizer, layers=2, width=32).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelNotFound, match="its weights are damaged; fetch or save them again"):
+        load_model(str(tmp_path))
