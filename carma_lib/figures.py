@@ -82,6 +82,11 @@ def _error_bar(axes: Axes, x, rows: pd.DataFrame, method: str, line: str = "none
                   elinewidth=1, zorder=3)
 
 
+def _say_if_empty(axes: Axes, estimates: pd.DataFrame) -> None:
+    if not estimates["estimate"].notna().any():
+        axes.text(0.5, 0.5, "no estimate", transform=axes.transAxes, ha="center", color="grey")
+
+
 def save_figure(figure: Figure, folder: str | os.PathLike, name: str, data: pd.DataFrame) -> Path:
     """Write name.png (200 dpi), name.svg and name.csv, the data behind it, into `folder`; the PNG's path."""
     folder = Path(folder)
@@ -155,6 +160,7 @@ def by_method(estimates: pd.DataFrame, values: pd.DataFrame | None = None, *, la
                              color=METHOD_COLOURS[method], zorder=2)
             rows = estimates[(estimates["split"] == split) & (estimates["method"] == method)]
             _error_bar(axes, np.full(len(rows), place + 0.06), rows, method)
+        _say_if_empty(axes, estimates[estimates["split"] == split])
         axes.set(title=split.replace("_", " "), xlim=(-0.6, len(methods) - 0.4))
         axes.set_xticks(range(len(methods)), [METHOD_LABELS[method] for method in methods],
                         **({"rotation": 30, "ha": "right"} if len(methods) > 3 else {}))
@@ -170,7 +176,8 @@ def accuracy_by_method(estimates: pd.DataFrame, values: pd.DataFrame) -> Figure:
 
 def cv_by_method(estimates: pd.DataFrame) -> Figure:
     """CV across seeds of each method, one panel a split: bars are 95 % modified McKay intervals."""
-    return by_method(estimates.dropna(subset="estimate"), label="coefficient of variation")
+    known = estimates.dropna(subset="estimate")
+    return by_method(known if len(known) else estimates, label="coefficient of variation")
 
 
 @styled
@@ -208,6 +215,7 @@ def _by_condition(estimates: pd.DataFrame, values: pd.DataFrame, x: str, panel: 
             rows = estimates[(estimates[panel] == name) & (estimates["method"] == method)].sort_values(x)
             if len(rows):
                 _error_bar(axes, rows[x] + shift, rows, method, line="-")
+        _say_if_empty(axes, estimates[estimates[panel] == name])
         axes.set(title=name.replace("_", " "), xlabel=x_label, xticks=grid)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1))

@@ -186,13 +186,15 @@ def summarise(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -
 
 
 def per_seed(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One row a cell and seed: `CELL_COLUMNS`, seed, metric, value, n_items (those in the denominator)."""
+    """One row a cell and seed: `CELL_COLUMNS`, seed, metric, value, n_items (those in the denominator).
+
+    A cell that `summarise` leaves empty has no row.
+    """
+    columns = [*CELL_COLUMNS, "seed", "metric", "value", "n_items"]
     parts = [pd.DataFrame({**key, "seed": cell.seeds, "metric": metric, "value": cell.values.mean(axis=1),
                            "n_items": (cell.denominator > 0).sum(axis=1)})
              for key, cell in cells(results, metric) if len(cell.seeds)]
-    if not parts:
-        raise ValueError(f"{metric} is empty in every cell; summarise() says why")
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
 def accuracy(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:

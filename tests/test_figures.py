@@ -128,3 +128,12 @@ def test_tables_that_mix_what_a_figure_cannot_show_are_refused(results):
         figures.learning_curves(made_history(methods=("dropout",)))
     with pytest.raises(ValueError, match="holds none of"):
         figures.learning_curves(made_history()[["task", "method", "seed", "step"]])
+
+
+def test_models_that_answer_nothing_right_have_figures_that_say_so(results):
+    wrong = results.assign(correct=False)
+    for figure in (
+            figures.consist_syn_by_rate(statistics.consist_syn(wrong), statistics.per_seed(wrong, "consist_syn")),
+            figures.cv_by_method(statistics.coefficient_of_variation(wrong).query("condition == 'clean'"))):
+        for axes in figure.axes:
+            assert "no estimate" in [text.get_text() for text in axes.texts]
