@@ -164,9 +164,13 @@ def _run_one(plan: Plan, notebook: Notebook, status: dict[str, Any]) -> None:
 
 
 def _kernel_config() -> Any:
-    """Kernels talk over local sockets where there are such: no open port, and no warning about one."""
+    """Kernels talk over local sockets where there are such: no open port, and no warning about one.
+
+    Nor do they warn that bars are text for want of widgets.
+    """
     from traitlets.config import Config
 
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # kernels inherit it
     if os.name != "posix":
         return Config()
     return Config({"KernelManager": {"transport": "ipc", "ip": f"{tempfile.gettempdir()}/carma-{os.getpid()}"}})
