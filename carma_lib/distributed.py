@@ -32,7 +32,8 @@ def main(job_file: str) -> None:
     except Exception as error:
         Path(job_file).with_name("error.txt").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         raise
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _end_with(parent: int) -> None:

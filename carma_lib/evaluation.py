@@ -18,7 +18,7 @@ from carma_lib.collation import Collator, encode
 from carma_lib.drift import compare_with_start
 from carma_lib.experiment import Cell, run_parallel, task_prompt
 from carma_lib.files import fingerprint, read_json, whole_file
-from carma_lib.models import Prompt, load_model
+from carma_lib.models import Prompt, load_config, load_model, load_tokenizer
 from carma_lib.perturbation import replaced_rows
 from carma_lib.pooling import PROTOCOLS, pooling_grid, start_layers_from_depth
 from carma_lib.results import RESULT_COLUMNS, read_results, write_results
@@ -85,11 +85,21 @@ def answerable(rows: datasets.Dataset, tokenizer: Any, prompt: Prompt) -> datase
     return kept.select_columns(rows.column_names)
 
 
+def asked_rows(run_dir: Path, start: Cell, conditions: Conditions) -> dict[str, datasets.Dataset]:
+    """The `evaluation_rows` that models from this untuned cell are asked: for a pretrained one the `answerable`."""
+    folder = run_dir / "models" / start.place
+    rows, begun = evaluation_rows(run_dir, start.task, conditions), read_json(folder / "cell.json")["start"]
+    if begun == "random":
+        return rows
+    prompt = task_prompt(start.task, load_config(str(folder)).model_type, begun)
+    return {split: answerable(items, load_tokenizer(str(folder)), prompt) for split, items in rows.items()}
+
+
 def evaluate_model(model: Any, tokenizer: Any, rows: datasets.Dataset, *, prompt: Prompt,
                    replaced: dict[float, tuple[datasets.Dataset, list[int]]],
                    conditions: Conditions) -> pd.DataFrame:
     """All conditions of one split: item_id, target and the columns from `condition` on of the result table."""
-    shares = shares_by_layer(model.config.num_hidden_layers, conditions.depth_shares)
+    shares = shares_by_layer(model.config.get_text_config().num_hidden_layers, conditions.depth_shares)
 
     def asked(items: datasets.Dataset, shares: dict[int, float], level: str) -> pd.DataFrame:
         prompts = prompts_of(items, tokenizer, prompt, level=level, batch_size=conditions.batch_size)
@@ -193,9 +203,7 @@ def evaluate_cell(run_dir: Path, cell: Cell, conditions: Conditions) -> Path:
     _on_device(model)
     prompt = task_prompt(cell.task, model.config.model_type, facts["start"])
     parts = []
-    for split, rows in evaluation_rows(run_dir, cell.task, conditions).items():
-        if facts["start"] != "random":
-            rows = answerable(rows, tokenizer, prompt)
+    for split, rows in asked_rows(run_dir, replace(cell, method="untuned"), conditions).items():
         replaced = {rate: replaced_rows(rows, cell.task, rate=rate, seed=conditions.replacement_seed,
                                         cache_dir=run_dir / "cache") for rate in conditions.rates}
         parts.append(evaluate_model(model, tokenizer, rows, prompt=prompt, replaced=replaced,
@@ -216,10 +224,10 @@ def _on_device(model: torch.nn.Module) -> None:
 
 def evaluate_cells(run_dir: Path, cells: Sequence[Cell], conditions: Conditions, *, workers: int = 1) -> Path:
     """Evaluate every cell in `workers` processes and write the whole table, `results.parquet`."""
-    for task in dict.fromkeys(cell.task for cell in cells):  # once, so that workers find the texts in the cache
-        for rows in evaluation_rows(run_dir, task, conditions).values():
+    for cell in {cell.task: cell for cell in cells}.values():  # once, so that workers find the texts in the cache
+        for rows in asked_rows(run_dir, replace(cell, method="untuned"), conditions).values():
             for rate in conditions.rates:
-                replaced_rows(rows, task, rate=rate, seed=conditions.replacement_seed, cache_dir=run_dir / "cache")
+                replaced_rows(rows, cell.task, rate=rate, seed=conditions.replacement_seed, cache_dir=run_dir / "cache")
     parts = run_parallel(evaluate_cell, [(run_dir, cell, conditions) for cell in cells], workers=workers,
                          description=f"evaluating {len(cells)} models", unit="model")
     return write_results(read_results(parts), run_dir / "results.parquet")

@@ -5,6 +5,7 @@ when its training has ended: model, tokenizer, `history.csv` and `cell.json`; wh
 """
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -23,8 +24,9 @@ from transformers import PreTrainedTokenizerFast
 
 from carma_lib.collation import Collator, encode
 from carma_lib.files import fingerprint, read_json, whole_folder, write_json
-from carma_lib.memory import check_memory
+from carma_lib.memory import check_loading, check_memory
 from carma_lib.methods import METHODS, check_method, make_trainer
+from carma_lib.model_table import find_model
 from carma_lib.models import (Prompt, add_adapter, load_config, load_model, load_tokenizer, prompt_for, save_adapter,
                               small_model, train_tokenizer)
 from carma_lib.parallel import quiet, run_parallel
@@ -103,17 +105,19 @@ def make_start(run_dir: Path, cell: Cell, settings: Settings) -> Path:
         if twin := _twin(run_dir, cell, settings):
             with whole_folder(folder) as temporary:
                 shutil.copytree(twin, temporary, copy_function=_link_or_copy, dirs_exist_ok=True)
-                _write_facts(temporary, run_dir, cell, settings, budget=0)
+                _write_facts(temporary, run_dir, cell, settings, budget=0, model=model_name(settings))
             return folder
+        config = load_config(settings.start)
+        settings.carma.check_depth(config.get_text_config().num_hidden_layers)
+        check_loading(settings.start, config, settings)
         model, tokenizer = load_model(settings.start, dtype=settings.start_dtype,
                                       four_bits=settings.adapter == "qlora")
-        settings.carma.check_depth(model.config.num_hidden_layers)
     with whole_folder(run_dir / "tokenizers" / cell.task) as temporary:
         tokenizer.save_pretrained(temporary)
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        _write_facts(temporary, run_dir, cell, settings, budget=0)
+        _write_facts(temporary, run_dir, cell, settings, budget=0, model=model_name(settings))
     return folder
 
 
@@ -148,13 +152,19 @@ def _small_tokenizer(run_dir: Path, task: str, settings: Settings) -> PreTrained
     return train_tokenizer(texts, vocabulary_size=settings.vocabulary_size, whole_tokens=targets)
 
 
-def _write_facts(folder: Path, run_dir: Path, cell: Cell, settings: Settings, *, budget: int, **facts: Any) -> None:
-    model = settings.start if not Path(settings.start).is_dir() else Path(settings.start).resolve().name
-    if settings.start == "random":
-        model = f"{settings.family}, {settings.layers} layers, width {settings.width}"
+def _write_facts(folder: Path, run_dir: Path, cell: Cell, settings: Settings, **facts: Any) -> None:
     write_json(folder / "cell.json", {
-        **asdict(cell), "budget": budget, "start": settings.start, "mark": _mark(run_dir, cell, settings),
-        "model": model, "settings": asdict(settings), **facts})
+        **asdict(cell), "start": settings.start, "mark": _mark(run_dir, cell, settings),
+        "settings": asdict(settings), **facts})
+
+
+def model_name(settings: Settings) -> str:
+    """What a start is called in tables: its id or folder, with its depth where the model table knows another one."""
+    if settings.start == "random":
+        return f"{settings.family}, {settings.layers} layers, width {settings.width}"
+    name = Path(settings.start).resolve().name if Path(settings.start).is_dir() else settings.start
+    known, blocks = find_model(name), load_config(settings.start).get_text_config().num_hidden_layers
+    return name if known is None or known["blocks"] == blocks else f"{name} with {blocks} blocks"
 
 
 def fine_tune(run_dir: Path, cell: Cell, settings: Settings) -> Path:
@@ -188,12 +198,12 @@ def fine_tune(run_dir: Path, cell: Cell, settings: Settings) -> Path:
         with whole_folder(folder) as temporary:
             history.to_csv(temporary / "history.csv", index=False)
             if settings.adapter != "none":
-                save_adapter(trainer.model, temporary, start=start)
+                save_adapter(trainer.accelerator.unwrap_model(trainer.model), temporary, start=start, weights=weights)
             else:
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
             _write_facts(temporary, run_dir, cell, settings, budget=steps, training_rows=len(rows["train"]),
-                         seconds=seconds, best_accuracy=trainer.state.best_metric)
+                         seconds=seconds, model=read_json(start / "cell.json")["model"], best_accuracy=trainer.state.best_metric)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         shutil.rmtree(work)
@@ -208,7 +218,7 @@ def _training_arguments(work: Path, cell: Cell, settings: Settings, steps: int) 
             } if settings.gradient_checkpointing else {}
     if settings.processes > 1:
         more |= {"fsdp": "full_shard auto_wrap", **({} if cuda else {"ddp_backend": "gloo"})}
-    return TrainingArguments(
+    return one_gpu(TrainingArguments(
         output_dir=str(work), max_steps=steps, per_device_train_batch_size=settings.rows_a_pass,
         gradient_accumulation_steps=settings.accumulation, per_device_eval_batch_size=64,
         learning_rate=settings.learning_rate, warmup_steps=settings.warmup_steps, lr_scheduler_type="linear",
@@ -216,7 +226,14 @@ def _training_arguments(work: Path, cell: Cell, settings: Settings, steps: int) 
         save_steps=every, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_accuracy",
         greater_is_better=True, logging_steps=min(every, 25), train_sampling_strategy="group_by_length",
         report_to="none", disable_tqdm=True, bf16=settings.bf16, use_cpu=not cuda and (settings.bf16 or settings.processes > 1),
-        dataloader_pin_memory=cuda, **more)
+        dataloader_pin_memory=cuda, **more))
+
+
+def one_gpu(arguments: Any) -> Any:
+    """The arguments for one GPU a process: over all that it sees, the trainer would multiply the batch."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _printer() -> type:
@@ -239,6 +256,8 @@ def fine_tune_in_processes(run_dir: Path, cell: Cell, settings: Settings) -> Pat
 
     Raises `RuntimeError` with the first process's error.
     """
+    if is_done(run_dir, cell, settings):
+        return run_dir / "models" / cell.place
     _open_work(run_dir, cell, settings)  # before there are several who could throw it away
     job = run_dir / "work" / cell.place / "job.json"
     error = job.with_name("error.txt")
@@ -257,7 +276,9 @@ def fine_tune_in_processes(run_dir: Path, cell: Cell, settings: Settings) -> Pat
 def _whole_checkpoints(work: Path) -> bool:
     """Whether there is a checkpoint to go on from; one cut short while it was written is thrown away first."""
     for checkpoint in work.glob("checkpoint-*"):
-        if not (checkpoint / "trainer_state.json").is_file():  # what the trainer writes last
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # what the trainer writes last
+        except (OSError, ValueError):
             shutil.rmtree(checkpoint)
     return any(work.glob("checkpoint-*"))
 

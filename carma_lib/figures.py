@@ -183,7 +183,7 @@ def cv_by_method(estimates: pd.DataFrame) -> Figure:
 @styled
 def consist_syn_by_rate(estimates: pd.DataFrame, values: pd.DataFrame) -> Figure:
     """ConsistSyn against the share of words replaced, one panel a split: dots seeds, bars 95 % intervals."""
-    return _by_condition(estimates, values, "rate", "split", "share of words replaced", "ConsistSyn")
+    return _by_condition(estimates, values, "rate", "split", "share of words asked to be replaced", "ConsistSyn")
 
 
 @styled

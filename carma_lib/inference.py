@@ -123,9 +123,12 @@ def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None,
 
     With a `margin` (in the metric's units, above 0) the null hypothesis is difference ≤ -margin instead.
     That test is one-sided and its p doubled, so that p < 1 - confidence exactly where the interval lies
-    above -margin.
+    above -margin. Where no answer differs between the two, a margin is not tested: without any spread there is
+    nothing to say how far they could differ.
     """
     found = crossed_interval(first.values - second.values, confidence=confidence)
+    if margin is not None and not np.any(first.values != second.values):
+        return Comparison(*found[:3], np.nan, 0.0, "no answer differs between the two: no test")
     if not found.standard_error > 0:
         apart = found.estimate != 0 if margin is None else found.estimate > -margin
         return Comparison(*found[:3], np.nan if np.isnan(found.low) else float(not apart), 0.0, found.note)

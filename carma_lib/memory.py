@@ -37,6 +37,7 @@ from transformers.pytorch_utils import Conv1D
 from carma_lib.settings import Settings
 
 GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class NotEnoughMemory(MemoryError):
@@ -109,9 +110,24 @@ def available_memory() -> tuple[int, str]:
     """Free bytes and where: on the first GPU, else of this machine or of the container that it is."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0], "on the GPU"
+    return _main_memory(), "in memory"
+
+
+def _main_memory() -> int:
     free = psutil.virtual_memory().available
-    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    return (free if limit is None or used is None else max(0, min(free, limit - used))), "in memory"
+    limit, used = (_number(CGROUP / name) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        free = max(0, min(free, limit - used + _file_cache()))
+    return free
+
+
+def _file_cache() -> int:
+    """Bytes of this container's memory that hold files read before, and are given back when asked for."""
+    try:
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def _number(path: Path) -> int | None:
@@ -119,6 +135,19 @@ def _number(path: Path) -> int | None:
         return int(path.read_text())
     except (OSError, ValueError):  # no such limit
         return None
+
+
+def check_loading(name: str, config: PretrainedConfig, settings: Settings) -> None:
+    """Whether a start can be read into main memory, on its way to a GPU or not; quantised ones go in parts.
+
+    Raises `NotEnoughMemory`.
+    """
+    if settings.adapter == "qlora":
+        return
+    needed = _count(type(config), config.to_json_string(use_diff=False)).everything * settings.start_dtype.itemsize
+    if needed > (free := _main_memory()):
+        raise NotEnoughMemory(f"'{name}' takes {needed / GIB:.1f} GiB of main memory to load, and {free / GIB:.1f} GiB "
+                              "are free; take a smaller model or a machine with more memory")
 
 
 def _cheaper(settings: Settings) -> Iterator[tuple[str, Settings]]:
@@ -133,7 +162,7 @@ def _cheaper(settings: Settings) -> Iterator[tuple[str, Settings]]:
         yield "adapter='lora'", replace(settings, adapter="lora")
         yield "adapter='lora', gradient_checkpointing=True", replace(smaller, adapter="lora",
                                                                      accumulation=settings.accumulation)
-    if settings.adapter != "qlora":
+    if settings.adapter != "qlora" and settings.processes == 1:
         name = f"adapter='qlora', accumulation={parts} and gradient_checkpointing=True"
         yield name, replace(smaller, adapter="qlora")
 

@@ -28,8 +28,10 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """How a pretrained model is fine-tuned on a kind of task; `published` names the values that are published.
+    """How a pretrained model is fine-tuned on a kind of task.
 
+    `published` names the values that are published for this model and task, `defaults` those that the published
+    code has for every model; the others are ours.
     Both terms read blocks 0 to `last_layer`. epochs: passes over the training rows. pooling_start_layers: the
     published ones, None where none are.
     """
@@ -45,6 +47,7 @@ class ModelSettings:
     stability_weight: float
     pooling_start_layers: tuple[int, ...] | None = None
     published: tuple[str, ...] = ()
+    defaults: tuple[str, ...] = ()
 
     def carma(self) -> CarmaConfig:
         """The terms of both losses from these settings."""
@@ -98,7 +101,9 @@ def settings_for(name: str, kind: str, *, num_layers: int) -> ModelSettings:
     scaled["last_layer"] = max(1, round(table["scaled"]["last_layer_share"] * num_layers))
     values = {**scaled, **table["common"], **published}
     lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return ModelSettings(**{**values, **lists}, published=tuple(sorted({*table["common"], *published})))
+    own = {*published, "learning_rate", "warmup_steps"} if published else set()  # the ablation runs' own too
+    return ModelSettings(**{**values, **lists}, published=tuple(sorted(own)),
+                         defaults=tuple(sorted({*table["common"]} - own)))
 
 
 def model_table() -> pd.DataFrame:

@@ -142,9 +142,12 @@ def add_adapter(model: PreTrainedModel, *, rank: int, seed: int) -> nn.Module:
         return peft.get_peft_model(model, config)
 
 
-def save_adapter(model: nn.Module, folder: Path, *, start: Path) -> None:
-    """Save an adapter alone, with the way to its start's folder relative to its own, so that both may move."""
-    model.save_pretrained(folder)
+def save_adapter(model: nn.Module, folder: Path, *, start: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Save an adapter alone, with the way to its start's folder relative to its own, so that both may move.
+
+    weights: the model's, gathered, where it is spread over processes.
+    """
+    model.save_pretrained(folder, state_dict=weights)
     config = read_json(folder / "adapter_config.json")
     write_json(folder / "adapter_config.json",
                {**config, "base_model_name_or_path": os.path.relpath(start, folder)})

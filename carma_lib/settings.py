@@ -66,6 +66,8 @@ class Settings:
         if self.batch_size % (self.accumulation * self.processes):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation × processes = "
                              f"{self.accumulation * self.processes}")
+        if self.adapter == "qlora" and self.processes > 1:
+            raise ValueError("a start of 4 bits is not sharded: take adapter 'lora', or processes=1")
         if self.start == "random":
             self.carma.check_depth(self.layers)
 
@@ -92,14 +94,17 @@ class Settings:
 
 
 class Filled(NamedTuple):
-    """Settings of a task, its seeds, and where each value that was left open came from."""
+    """Settings of a task, its seeds, and where each value that was left open came from.
+
+    published: for this model and task; published default: the published code's, for every model; ours.
+    """
 
     settings: Settings
     seeds: tuple[int, ...]
     filled: dict[str, str]
 
     def table(self) -> pd.DataFrame:
-        """Value and source (given, published, ours) of every setting of training, for a reader."""
+        """Value and source (given, published, published default, ours) of every setting of training."""
         carma, chosen = self.settings.carma, self.settings
         values = {"seeds": self.seeds, **{name: getattr(chosen, name) for name in (
             "epochs", "steps", "batch_size", "learning_rate", "warmup_steps")}, **{
@@ -137,12 +142,14 @@ def fill(kind: str, parameters: dict[str, Any]) -> Filled:
         if given.get("start", "random") == "random":
             raise ValueError(f"no value for {', '.join(gaps)} ({kind}): give one, or a pretrained start, for which "
                              "the model table has it")
-        chosen = settings_for(given["start"], kind, num_layers=load_config(given["start"]).num_hidden_layers)
+        config = load_config(given["start"]).get_text_config()
+        chosen = settings_for(given["start"], kind, num_layers=config.num_hidden_layers)
         values = {**vars(chosen), "mi_layers": (0, chosen.last_layer), "stability_layers": (0, chosen.last_layer)}
         for name in gaps:
             given[name] = values[name]
             source = "last_layer" if name.endswith("_layers") else name
-            filled[name] = "published" if source in chosen.published else "ours"
+            filled[name] = ("published" if source in chosen.published else
+                            "published default" if source in chosen.defaults else "ours")
     if given["steps"] and given.get("epochs"):
         raise ValueError(f"steps and epochs are both given for {kind}; leave one of them out")
     if not given["steps"]:

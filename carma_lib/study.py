@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from carma_lib.collation import Collator, encode, encode_text
 from carma_lib.drift import hidden_state_drift, perplexity
 from carma_lib.evaluation import Prompts, answers, prompts_of, shares_by_layer
-from carma_lib.experiment import run_parallel
+from carma_lib.experiment import one_gpu, run_parallel
 from carma_lib.files import fingerprint, read_json, whole_file, whole_folder, write_json
 from carma_lib.mechanism import (additive_structure, final_states, part_matrix, read_out_accuracy,
                                  token_mutual_information)
@@ -265,11 +265,11 @@ def _write_table(table: pd.DataFrame, path: Path) -> None:
 
 
 def _arguments(folder: Path, recipe: Recipe, seed: int, steps: int, learning_rate: float) -> TrainingArguments:
-    return TrainingArguments(
+    return one_gpu(TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=recipe.batch_size,
         learning_rate=learning_rate, warmup_steps=recipe.warmup_steps, lr_scheduler_type="constant_with_warmup",
         max_grad_norm=1.0, seed=seed, save_strategy="no", eval_strategy="no", logging_steps=100,
-        train_sampling_strategy="group_by_length", report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
+        train_sampling_strategy="group_by_length", report_to="none", disable_tqdm=True, dataloader_pin_memory=False))
 
 
 def _prompted(task: str, texts: Iterable[str]) -> list[str]:

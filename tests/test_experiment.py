@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
-from carma_lib.experiment import (Cell, Settings, encode_task, fine_tune, is_done, make_start, read_histories,
-                                  run_parallel, tidy_history, train_cells)
+from carma_lib.experiment import (Cell, Settings, encode_task, fine_tune, is_done, make_start, one_gpu,
+                                  read_histories, run_parallel, tidy_history, train_cells)
 from carma_lib.losses import CarmaConfig
 from carma_lib.tasks import DataNotFound, build_task
 
@@ -182,3 +183,10 @@ def test_a_pretrained_folder_is_a_start_and_rows_of_several_token_answers_are_le
     assert results[results.condition == "replaced"].target.astype(str).tolist() == asked
     cells = [Cell(task, "untuned", 1), cell]
     assert drift_of_cells(tmp_path, cells, items=20).drift.gt(0).any()
+
+
+def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=8)
+    assert arguments.n_gpu <= 1
+    arguments._n_gpu = 2  # as where two are seen
+    assert arguments.train_batch_size == 16 and one_gpu(arguments).train_batch_size == 8

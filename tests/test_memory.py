@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from carma_lib import memory
 from carma_lib.losses import CarmaConfig
-from carma_lib.memory import NotEnoughMemory, check_memory, estimate_memory, memory_table
+from carma_lib.memory import NotEnoughMemory, check_loading, check_memory, estimate_memory, memory_table
 from carma_lib.settings import Settings
 
 SETTINGS = Settings(layers=12, carma=CarmaConfig(mi_layers=(0, 7), stability_layers=(0, 7)), precision="float32")
@@ -78,3 +78,20 @@ def test_what_fits_passes_and_the_table_says_so():
     table = memory_table(config, settings, tokens=58)
     assert table.fits.all() and table.settings[0] == "as asked for"
     assert table.total[0] == pytest.approx(estimate_memory(config, settings, tokens=58).total / GIB)
+
+
+def test_files_read_before_do_not_count_as_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    for name, text in {"memory.max": "1000", "memory.current": "900", "memory.stat": "anon 300\ninactive_file 600\n"}.items():
+        (tmp_path / name).write_text(text)
+    assert memory.available_memory() == (700, "in memory")
+    (tmp_path / "memory.stat").unlink()
+    assert memory.available_memory() == (100, "in memory")
+
+
+def test_a_start_that_main_memory_cannot_hold_is_refused_before_it_is_read(monkeypatch):
+    monkeypatch.setattr(memory, "_main_memory", lambda: 480_000_000)
+    with pytest.raises(NotEnoughMemory, match="'a/model' takes 0.5 GiB of main memory to load, and 0.4 GiB are free"):
+        check_loading("a/model", GPT2, SETTINGS)
+    check_loading("a/model", GPT2, replace(SETTINGS, adapter="lora", precision="bf16"))

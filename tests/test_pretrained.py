@@ -123,7 +123,8 @@ def test_micro_batches_and_checkpointing_train_to_the_same_weights(run, starts, 
     assert (apart > 1e-5).float().mean() < 1e-3, "Adam's first steps are as long for a gradient of almost nothing"
 
 
-def test_two_processes_train_like_one(run, starts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_two_processes_train_like_one(run, starts, tmp_path, monkeypatch, adapter):
     """FSDP over two processes on the CPU, through torchrun, against one process; every step reads all 16 rows.
 
     Half of the rows have other means of the terms than all of them, so the weights are only nearly the same.
@@ -131,19 +132,25 @@ def test_two_processes_train_like_one(run, starts, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     cell, start, found = Cell(SMALL_TASK, "carma", 1), Cell(SMALL_TASK, "untuned", 1), []
+    saved = "model.safetensors" if adapter == "none" else "adapter_model.safetensors"
     for name, processes in (("one", 1), ("two", 2)):
         shutil.copytree(run / "data", tmp_path / name / "data")
         settings = settings_of(starts["llama"], kind="sentiment", processes=processes, precision="float32", batch_size=16,
-                               training_items=16, learning_rate=1e-3, num_negatives=None)
+                               training_items=16, learning_rate=1e-3, num_negatives=None, adapter=adapter)
         make_starts(tmp_path / name, [start], settings)
         function = fine_tune_in_processes if processes > 1 else fine_tune
         folder = function(tmp_path / name, cell, settings)
-        found.append((load_file(folder / "model.safetensors"), read_histories(tmp_path / name)))
+        assert function(tmp_path / name, cell, settings) == folder, "what is done is not begun again"
+        found.append((load_file(folder / saved), read_histories(tmp_path / name)))
         assert not (tmp_path / name / "work" / cell.place).exists()
     (one, first), (two, second) = found
-    before = load_file(tmp_path / "one" / "models" / start.place / "model.safetensors")
-    assert one.keys() == two.keys() == before.keys()
-    moved = torch.cat([((one[name] - before[name]) * (two[name] - before[name])).flatten() for name in one])
+    assert one.keys() == two.keys() and all(one[name].shape == two[name].shape for name in one)
+    if adapter == "none":
+        before = load_file(tmp_path / "one" / "models" / start.place / "model.safetensors")
+    else:
+        before = {name: torch.zeros_like(weight) for name, weight in one.items() if ".lora_B." in name}
+        assert before
+    moved = torch.cat([((one[name] - before[name]) * (two[name] - before[name])).flatten() for name in before])
     assert (moved[moved != 0] > 0).float().mean() > 0.95, "in the same direction, nearly all of them"
     for name in ("task_loss", "mutual_information", "stability"):
         assert second[name].iloc[-1] == pytest.approx(first[name].iloc[-1], rel=0.05)
@@ -166,6 +173,13 @@ def test_too_little_memory_is_refused_before_a_step(run, starts, monkeypatch):
     with pytest.raises(NotEnoughMemory, match="0.0 GiB are free in memory, so it does not fit; no other settings do"):
         train_cells(run, [Cell(TASK, "carma", 1)], settings_of(starts["gpt2"]))
     assert not (run / "work").exists()
+
+
+def test_a_folder_with_a_known_name_and_other_depth_is_not_that_model(run, tmp_path, starts):
+    shutil.copytree(starts["gpt2"], tmp_path / "gpt2")
+    settings, cell = settings_of(str(tmp_path / "gpt2")), Cell(TASK, "fine_tuning", 1)
+    folder = train(run, [cell], settings)[0]
+    assert read_json(folder / "cell.json")["model"] == "gpt2 with 4 blocks"
 
 
 def test_a_start_without_any_answer_is_refused(run, tmp_path):

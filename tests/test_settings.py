@@ -24,7 +24,8 @@ def test_gaps_are_filled_and_their_source_is_told(start):
     settings = filled.settings
     assert (settings.epochs, settings.batch_size, settings.warmup_steps, settings.learning_rate) == (2, 16, 500, 6e-5)
     assert filled.seeds == (32,) and settings.carma.mi_layers == (0, 3) and settings.carma.carma_weight == 0.4
-    assert set(filled.filled.values()) == {"published"}
+    defaults = {name for name, source in filled.filled.items() if source == "published default"}
+    assert defaults == {"mi_weight", "stability_weight"} and set(filled.filled.values()) == {"published", "published default"}
     assert fill("inverse_dictionary", {**OPEN, "start": start}).filled["batch_size"] == "ours"
     table = filled.table().set_index("setting")
     assert table.value["seeds"] == "32," and "steps" not in table.index and table.source["epochs"] == "published"
@@ -75,6 +76,7 @@ def test_weights_are_bf16_only_where_they_are_frozen():
     (dict(steps=0), "steps is 0"), (dict(learning_rate=0), "learning_rate must be above 0"),
     (dict(training_items=-1), "at least 0"), (dict(layers=1), "lower mi_layers"), (dict(epochs=-1), "at least 0"),
     (dict(precision="fp8"), "precision is 'fp8'; it must be one of auto"), (dict(adapter="ia3"), "one of none, lora"),
+    (dict(adapter="qlora", processes=2), "a start of 4 bits is not sharded"),
     (dict(batch_size=8, accumulation=3), "not a multiple of accumulation × processes = 3")])
 def test_settings_are_checked(wrong, message):
     with pytest.raises(ValueError, match=message):

@@ -468,3 +468,11 @@ def test_large_table_is_summarised_fast(evidence, capsys):
     evidence.time_summaries(200_000)
     seconds = float(capsys.readouterr().out.split(":")[-1].split(" s")[0])
     assert seconds < 15
+
+
+def test_a_margin_is_not_tested_where_no_answer_differs():
+    """A model that copies the other's answers, all of them wrong, does not show that it is no worse."""
+    frame = made_results(seeds=3).query("condition == 'clean'").assign(correct=False)
+    claim = {"name": "no worse", "kind": "non-inferiority", "metric": "accuracy", "margin": 0.02, **CLEAN, **PAIR}
+    row = primary_comparisons(frame, [claim]).iloc[0]
+    assert row.outcome == "not tested" and "no answer differs between the two" in row.note
