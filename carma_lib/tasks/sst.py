@@ -6,6 +6,7 @@ negative; the five classes are the trees' own labels (bins at .2, .4, .6, .8). S
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,7 +167,8 @@ def build_rows(*, classes: int, train_phrases: bool) -> TaskRows:
     """SST as rows: 3 or 5 classes; with `train_phrases`, every distinct phrase of the training trees too.
 
     A training text that also stands in validation or test is left out; the card counts them. Without
-    sentence scores (Stanford's zip of trees alone) the root's label stands in for the score.
+    sentence scores (Stanford's zip of trees alone) the root's label stands in for the score. Stanford's files
+    begin with positive sentences; validation and test are shuffled, so that their first items are like all of them.
     """
     if classes not in (3, 5):
         raise ValueError(f"SST has 3 or 5 classes here, not {classes}")
@@ -186,5 +188,7 @@ def build_rows(*, classes: int, train_phrases: bool) -> TaskRows:
         kept += _phrase_items(trees["train"], classes, held_out | {item["text"] for item in kept})
     facts["training_phrases"] = len(kept) - facts["training_sentences"]
     splits["train"] = kept
+    for split in ("validation", "test"):
+        random.Random(0).shuffle(splits[split])
     return TaskRows(splits, source="Stanford Sentiment Treebank, Socher et al. 2013",
                     licence="no licence file; the authors ask for the citation", facts=facts)
