@@ -41,6 +41,13 @@ def test_split_keeps_its_promise(wordnet_database, split_by, column):
     assert abs(sizes["train"] - 0.8) < 0.01 and abs(sizes["test"] - 0.1) < 0.01
 
 
+def test_the_first_items_are_like_all(wordnet_database):
+    """WordNet's files go by part of speech: of the first test items in file order all are adjectives."""
+    rows = wordnet.build_rows(seed=42, split_by="synset").splits["test"]
+    nouns = [".n." in row["item_id"] for row in rows]
+    assert 0.4 < sum(nouns) / len(nouns) and abs(sum(nouns[:300]) / 300 - sum(nouns) / len(nouns)) < 0.1
+
+
 def test_second_build_comes_from_the_cache(wordnet_database, tmp_path):
     first = build_task("wordnet_inverse_dictionary", tmp_path / "wordnet")
     started = time.monotonic()

@@ -6,13 +6,12 @@ negative; the five classes are the trees' own labels (bins at .2, .4, .6, .8). S
 from __future__ import annotations
 
 import os
-import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from carma_lib.tasks.schema import DataNotFound, TaskRows
+from carma_lib.tasks.schema import DataNotFound, TaskRows, shuffle_held_out
 
 THREE_CLASSES = ("negative", "neutral", "positive")
 FIVE_CLASSES = ("terrible", "bad", "okay", "good", "excellent")
@@ -188,7 +187,6 @@ def build_rows(*, classes: int, train_phrases: bool) -> TaskRows:
         kept += _phrase_items(trees["train"], classes, held_out | {item["text"] for item in kept})
     facts["training_phrases"] = len(kept) - facts["training_sentences"]
     splits["train"] = kept
-    for split in ("validation", "test"):
-        random.Random(0).shuffle(splits[split])
+    shuffle_held_out(splits)
     return TaskRows(splits, source="Stanford Sentiment Treebank, Socher et al. 2013",
                     licence="no licence file; the authors ask for the citation", facts=facts)

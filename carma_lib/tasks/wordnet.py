@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from carma_lib import lexicon
-from carma_lib.tasks.schema import DataNotFound, TaskRows
+from carma_lib.tasks.schema import DataNotFound, TaskRows, shuffle_held_out
 
 SPLIT_KEYS = {"row": None, "synset": "definition", "headword": "lemma"}
 MIN_WORDS, MAX_WORDS = 3, 40
@@ -73,6 +73,7 @@ def build_rows(*, seed: int, split_by: str) -> TaskRows:
     for identifier, text, target, group in zip(identifiers, pairs["definition"], pairs["lemma"], groups):
         splits[split_of[group]].append(
             {"item_id": f"wordnet/{identifier}", "text": text, "target": target, "phrases": [], "group": group})
+    shuffle_held_out(splits)
     return TaskRows(splits, source="WordNet 3.0, Princeton University",
                     licence="WordNet 3.0 licence (free use with the notice kept)",
                     facts={"filters": counts, "shared_between_train_and_test": _shared(splits)})
