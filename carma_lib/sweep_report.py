@@ -18,8 +18,8 @@ FAILED_COLUMNS = ["model", "task", "method", "seed", "reason"]
 def collect(sweep: Sweep) -> Path | None:
     """The finished cells' parts as `results.parquet`; None where no cell is finished.
 
-    Models that share name and start (as random ones of one shape, trained differently) get the name of their
-    folder beside it.
+    Models that share a name (as random ones of one shape, trained differently, or folders of one name) get the
+    name of their folder in the sweep beside it.
     """
     parts: dict[str, list[Path]] = {}
     for job in sweep.jobs:
@@ -28,9 +28,9 @@ def collect(sweep: Sweep) -> Path | None:
     if not parts:
         return None
     tables_of = {name: read_results(paths) for name, paths in parts.items()}
-    called = {name: (table["model"].iloc[0], table["start"].iloc[0]) for name, table in tables_of.items()}
-    for name, (model, start) in called.items():
-        if list(called.values()).count((model, start)) > 1:
+    called = {name: table["model"].iloc[0] for name, table in tables_of.items()}
+    for name, model in called.items():
+        if list(called.values()).count(model) > 1:
             tables_of[name] = tables_of[name].assign(model=f"{model} ({name})")
     results = pd.concat(tables_of.values(), ignore_index=True)
     return write_results(results, sweep.run_dir / "results.parquet")
@@ -46,15 +46,16 @@ def claims(sweep: Sweep, results: pd.DataFrame) -> list[dict]:
     trained = [method for method in sweep.methods if method != "untuned"]
     baseline = "fine_tuning" if "fine_tuning" in trained else next(iter(trained), None)
     plan = []
-    models = results[["task", "model", "start"]].astype(str).drop_duplicates()
-    for task, model, start in models.itertuples(index=False):
-        rows = results[(results["task"] == task) & (results["model"] == model) & (results["start"] == start)]
+    models = results[["task", "model"]].astype(str).drop_duplicates()
+    names = {model: model.rpartition("/")[2] for model in models["model"]}
+    if len(set(names.values())) < len(names):
+        names = {model: model for model in names}
+    for task, model in models.itertuples(index=False):
+        rows = results[(results["task"] == task) & (results["model"] == model)]
         if baseline not in set(rows["method"]):
             continue
-        several = models["model"].nunique() > 1 or models["start"].nunique() > 1
-        name = model if models.loc[models["task"] == task, "model"].tolist().count(model) == 1 else start
-        who = f"{name.rpartition('/')[2]}, " if several else ""
-        where = {"task": task, **({"model": model, "start": start} if several else {})}
+        who = f"{names[model]}, " if len(names) > 1 else ""
+        where = {"task": task, **({"model": model} if len(names) > 1 else {})}
         for method in [name for name in trained if name != baseline and name in set(rows["method"])]:
             label = f"{who}{task.replace('_', ' ')}: {METHOD_LABELS[method]}"
             plan += [{"name": f"{label}, {name}", "method": method, "baseline": baseline, **where, **claim}
@@ -102,6 +103,7 @@ def make_report(sweep: Sweep, failed: dict[str, str]) -> Path:
         if plan := claims(sweep, results):
             comparisons = primary_comparisons(results, plan)
             tables.save_table(comparisons, folder / "tables", "primary_comparisons", caption="Comparisons")
-            figures.save_figure(figures.forest_plot(comparisons), folder / "figures", "primary_comparisons",
-                                comparisons)
+            if comparisons["estimate"].notna().any():  # else, as without a common seed, there is nothing to draw
+                figures.save_figure(figures.forest_plot(comparisons), folder / "figures", "primary_comparisons",
+                                    comparisons)
     return write_report(folder, notebooks=[], title=f"CARMA: sweep {sweep.file.stem}")
