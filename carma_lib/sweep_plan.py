@@ -7,14 +7,17 @@
     seeds: [1, 2, 3]
     settings: {steps: {sentiment: 300}, batch_size: 32, carma_weight: 0.2}
     conditions: {rates: [0.25], pooled_items: 100}
+    data: {controlled_sentiment: {seed: 7}}
 
 `settings` takes the fields of `settings.Settings` and `losses.CarmaConfig`, `conditions` those of
-`evaluation.Conditions`. A model is "random", a hub id or a folder, or a mapping with `start` and the settings in
-which it differs. For a pretrained model what is not given comes from the model table; a small random one has the
-defaults.
+`evaluation.Conditions`, `data` for each task the parameters of `tasks.build_task` (without: WordNet is split by
+synset, SST trained on its phrases too); all three may be left out. A model is "random", a hub id or a folder, or a
+mapping with `start` and the settings in which it differs. For a pretrained model what is not given comes from the
+model table; a small random one has the defaults.
 """
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 from collections.abc import Mapping
@@ -32,9 +35,10 @@ from carma_lib.manifest import RunError
 from carma_lib.methods import check_method
 from carma_lib.models import load_config
 from carma_lib.settings import Settings, fill
-from carma_lib.tasks import task_named
+from carma_lib.tasks import build_task, task_named
+from carma_lib.tasks.wordnet import SPLIT_KEYS
 
-KEYS = ("run_dir", "tasks", "models", "methods", "seeds", "settings", "conditions")
+KEYS = ("run_dir", "tasks", "models", "methods", "seeds", "settings", "conditions", "data")
 NEEDED = ("run_dir", "tasks", "models", "methods", "seeds")
 
 
@@ -66,13 +70,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A checked sweep; `jobs` stand in the file's order: model, task, seed, method."""
+    """A checked sweep; `jobs` stand in the file's order: model, task, seed, method. data: a task → how to build it."""
 
     file: Path
     run_dir: Path
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
     jobs: tuple[Job, ...]
+    data: dict[str, dict[str, Any]]
 
     @property
     def gpus_each(self) -> int:
@@ -108,7 +113,7 @@ def _checked(file: Path, text: Any) -> Sweep:
     _only_known("the file", text, KEYS)
     if missing := [key for key in NEEDED if key not in text]:
         raise ValueError(f"'{missing[0]}' is missing; a sweep has {', '.join(NEEDED)}, and may have settings, "
-                         "conditions")
+                         "conditions, data")
     if not isinstance(text["run_dir"], str) or not text["run_dir"].strip():
         raise ValueError(f"run_dir is a folder's name, not {text['run_dir']!r}")
     tasks, methods = (_names(text, key) for key in ("tasks", "methods"))
@@ -119,7 +124,7 @@ def _checked(file: Path, text: Any) -> Sweep:
     seeds = _listed(text, "seeds")
     if any(type(seed) is not int or seed < 0 for seed in seeds):
         raise ValueError(f"seeds are whole numbers from 0 on, not {seeds}")
-    conditions = _conditions(text.get("conditions") or {})
+    conditions, data = _conditions(text.get("conditions") or {}), _data(text.get("data") or {}, tasks)
     common = text.get("settings") or {}
     models = [_model(entry, common, tasks) for entry in _listed(text, "models")]
     names = [name for name, _ in models]
@@ -128,7 +133,7 @@ def _checked(file: Path, text: Any) -> Sweep:
     run_dir = Path.cwd() / text["run_dir"]
     jobs = tuple(Job(run_dir, name, Cell(task, method, seed), settings[task], conditions)
                  for (name, settings), task, seed, method in itertools.product(models, tasks, seeds, methods))
-    return Sweep(file, run_dir, tuple(tasks), tuple(methods), jobs)
+    return Sweep(file, run_dir, tuple(tasks), tuple(methods), jobs, data)
 
 
 def _only_known(what: str, given: Any, known: Any) -> None:
@@ -187,6 +192,21 @@ def _conditions(given: Any) -> Conditions:
         raise ValueError(f"conditions: {error}") from error
 
 
+def _data(given: Any, tasks: list[str]) -> dict[str, dict[str, Any]]:
+    """The parameters of `build_task` for each task, its own defaults where nothing is given."""
+    known = {name: parameter.default for name, parameter in inspect.signature(build_task).parameters.items()
+             if parameter.kind is parameter.KEYWORD_ONLY}
+    _only_known("data", given, tasks)
+    data = {task: dict(known) for task in tasks}
+    for task, parameters in given.items():
+        _only_known(f"data of {task}", parameters, known)
+        data[task] |= _typed(f"data of {task}", parameters, known)
+        if data[task]["split_by"] not in SPLIT_KEYS:
+            raise ValueError(f"data of {task}: split_by is one of {', '.join(SPLIT_KEYS)}, not "
+                             f"'{data[task]['split_by']}'")
+    return data
+
+
 def _model(entry: Any, common: Any, tasks: list[str]) -> tuple[str, dict[str, Settings]]:
     """A model's name in the sweep and its settings by task."""
     _only_known("settings", common, [name for name in _KNOWN if name != "start"])
@@ -217,5 +237,5 @@ def _settings(given: dict[str, Any], task: str) -> Settings:
         steps = steps or ({} if typed.get("epochs") else {kind: _KNOWN["steps"]})
         return fill(kind, {**typed, "steps": steps}).settings
     settings = fill(kind, {**_OPEN, **typed, "steps": steps}).settings
-    settings.carma.check_depth(load_config(settings.start).num_hidden_layers)
+    settings.carma.check_depth(load_config(settings.start).get_text_config().num_hidden_layers)
     return settings
