@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import multiprocessing
 import os
 import queue
 import shutil
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from carma_lib.manifest import RunError
 
 CONNECT_SECONDS = 10
-INSTALL = "pip install 'carma-notebooks[sweep]'"
+LOOK_SECONDS, QUIET_SECONDS = 20, 300  # how often to look for workers, and to say that there are none at most
+INSTALL = "pip install '.[sweep]' in the repository's folder"
 
 
 class WorkerLost(RuntimeError):
@@ -114,14 +119,32 @@ def gpus() -> list[str]:
 
 
 def gpu_groups(size: int = 1) -> list[str]:
-    """`CUDA_VISIBLE_DEVICES` of each worker: `size` GPUs each, those left over with none."""
+    """`CUDA_VISIBLE_DEVICES` of each worker: `size` GPUs each, those left over with none; no group without any GPU.
+
+    Raises `RunError` where there are GPUs, but fewer than `size`.
+    """
     devices = gpus()
+    if 0 < len(devices) < size:
+        raise RunError(f"a training of this sweep has processes: {size} and wants a GPU for each, but {len(devices)} "
+                       "can be used here; lower processes, or run where there are more GPUs")
     return [",".join(devices[first:first + size]) for first in range(0, len(devices) - size + 1, size)]
 
 
 def default_workers(gpus_each: int = 1) -> int:
     """One process a GPU, or a group of them; two where there is none."""
     return len(gpu_groups(gpus_each)) or 2
+
+
+def sharing(*, workers: int | None = None, scheduler: str | None = None, slurm: Path | None = None,
+            gpus_each: int = 1) -> int:
+    """How many trainings at a time share a GPU, or a machine without one, in the executor that these open.
+
+    A cluster's worker is taken to have its device alone. Raises `RunError` as `gpu_groups` does.
+    """
+    if scheduler or slurm:
+        return 1
+    groups = len(gpu_groups(gpus_each))
+    return math.ceil((workers or default_workers(gpus_each)) / max(1, groups))
 
 
 @contextlib.contextmanager
@@ -131,10 +154,11 @@ def open_executor(*, workers: int | None = None, scheduler: str | None = None,
 
     gpus_each: GPUs of a local worker.
 
-    Raises `RunError` where Dask is not installed, the scheduler does not answer, or SLURM is not here.
+    A cluster without workers is waited for, with a line on stderr. Raises `RunError` where Dask is not installed,
+    the scheduler does not answer, SLURM is not here, or the GPUs are fewer than `gpus_each`.
     """
     if scheduler or slurm:
-        with (_dask_client(scheduler) if scheduler else _slurm_client(slurm)) as client:
+        with (_dask_client(scheduler) if scheduler else _slurm_client(slurm)) as client, _lookout(client):
             yield client.get_executor(pure=False)
         return
     local = LocalExecutor(default_workers(gpus_each) if workers is None else workers, devices=gpu_groups(gpus_each))
@@ -144,6 +168,32 @@ def open_executor(*, workers: int | None = None, scheduler: str | None = None,
         local.shutdown(cancel_futures=True)
         raise
     local.shutdown()
+
+
+@contextlib.contextmanager
+def _lookout(client: Any) -> Iterator[None]:
+    """Meanwhile say where no worker is connected: at first, and each time that the last one has gone."""
+    ended = threading.Event()
+
+    def look() -> None:
+        told, when = False, -math.inf
+        while not ended.wait(LOOK_SECONDS):
+            try:
+                alone = not client.nthreads()
+            except Exception:  # the connection is lost, which the sweep's own calls notice
+                continue
+            if not alone:
+                told = False
+            elif not told and time.monotonic() - when >= QUIET_SECONDS:
+                tqdm.write(f"no worker is connected to {client.scheduler.address}; waiting for one (start workers, or "
+                           "see what the queue does with their jobs)", file=sys.stderr)
+                told, when = True, time.monotonic()
+
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _need(module: str, option: str) -> Any:
@@ -179,7 +229,7 @@ def slurm_cluster(file: Path) -> tuple[int, Any]:
     jobqueue = _need("dask_jobqueue", "--slurm")
     try:
         return jobs, jobqueue.SLURMCluster(**keys)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last from Dask, as for an unknown interface
         raise RunError(f"{file}: {' '.join(str(error).split())}") from error
 
 
@@ -189,6 +239,6 @@ def _slurm_client(file: Path) -> Iterator[Any]:
         raise RunError("--slurm submits jobs with sbatch, which is not on this machine; use a SLURM login node")
     jobs, cluster = slurm_cluster(file)
     with cluster:
-        cluster.scale(jobs=jobs)
+        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # as scale(), but a job that has ended is replaced
         with _need("distributed", "--slurm").Client(cluster, set_as_default=False) as client:
             yield client

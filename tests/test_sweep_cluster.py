@@ -5,10 +5,14 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
+import psutil
 import pytest
+import yaml
+from distributed import LocalCluster
 
 from carma_lib.files import read_json, write_json
 from carma_lib.results import read_results
@@ -53,6 +57,47 @@ def cluster(tmp_path):
         address = wait_for(lambda: address_in(tmp_path / "scheduler.json"))
         yield address, [start("worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard",
                               "--memory-limit", "0", "--local-directory", str(tmp_path / "dask")) for _ in range(3)]
+
+
+def test_a_cluster_without_workers_is_waited_for_and_told_of(monkeypatch, capsys):
+    monkeypatch.setattr("carma_lib.sweep_executors.LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("carma_lib.sweep_executors.QUIET_SECONDS", 2)
+    heard = []
+
+    def lines(count):
+        heard.extend(line for line in capsys.readouterr().err.splitlines() if "no worker is connected" in line)
+        return len(heard) >= count
+
+    with LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster:
+        with open_executor(scheduler=cluster.scheduler_address) as executor:
+            future = executor.submit(abs, -1)
+            wait_for(lambda: lines(1), 30)
+            cluster.scale(1)
+            assert future.result(60) == 1
+            time.sleep(1)  # so that the worker is seen
+            cluster.scale(0)
+            wait_for(lambda: lines(2), 60)
+            time.sleep(3)
+            assert not lines(3), "once each time"
+    assert cluster.scheduler_address in heard[0]
+
+
+def test_a_slurm_job_that_ends_is_replaced(tmp_path, monkeypatch):
+    """A stand-in for SLURM that runs the job scripts here; the workers leave after some seconds."""
+    commands, file = tmp_path / "bin", tmp_path / "slurm.yml"
+    commands.mkdir()
+    for name, line in (("sbatch", f'cp "$1" "$0.$$.sh"; setsid sh "$0.$$.sh" >>{tmp_path}/log 2>&1 & '
+                                  'echo "Submitted batch job $!"'), ("scancel", 'kill -- "-$1"')):
+        (commands / name).write_text(f"#!/bin/sh\n{line}\n")
+        (commands / name).chmod(0o755)
+    file.write_text(yaml.safe_dump({
+        "jobs": 1, "cores": 1, "processes": 1, "memory": "2GB", "nanny": False, "local_directory": str(tmp_path),
+        "scheduler_options": {"dashboard_address": None}, "worker_extra_args": ["--lifetime", "5s", "--no-dashboard"]}))
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    with open_executor(slurm=file) as executor:
+        first = executor.submit(os.getpid).result(120)
+        wait_for(lambda: not psutil.pid_exists(first), 60)
+        assert executor.submit(os.getpid).result(120) != first
 
 
 def damage(sweep, job, one_process):
