@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     from carma_lib.sweep import plan_text, run_sweep
-    from carma_lib.sweep_executors import open_executor
+    from carma_lib.sweep_executors import open_executor, sharing
     from carma_lib.sweep_plan import read_sweep
 
     sweep = read_sweep(options.file)
@@ -108,8 +108,9 @@ def _sweep(options: argparse.Namespace) -> int:
     print(plan_text(sweep, **where), flush=True)
     if options.dry_run:
         return 0
-    with open_executor(**where, gpus_each=sweep.gpus_each) as executor:
-        end = run_sweep(sweep, executor, retries=options.retries)
+    where["gpus_each"] = sweep.gpus_each
+    with open_executor(**where) as executor:
+        end = run_sweep(sweep, executor, retries=options.retries, sharing=sharing(**where))
     done = len(sweep.jobs) - len(end.failed)
     print(f"{done} of {len(sweep.jobs)} cells done" + "".join(
         f"\n  failed: {name}: {reason}" for name, reason in end.failed.items()))

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from carma_lib.files import whole_file, write_json
 from carma_lib.manifest import RunError
 from carma_lib.sweep_estimate import check_disk, describe, estimate
-from carma_lib.sweep_executors import WorkerLost, default_workers, slurm_cluster
+from carma_lib.sweep_executors import WorkerLost, default_workers, gpu_groups, slurm_cluster
 from carma_lib.sweep_plan import Job, Sweep
 from carma_lib.sweep_report import collect, make_report
-from carma_lib.sweep_worker import Outcome, failure, finished, locked, log_path, prepare, read_log, run_cell
+from carma_lib.sweep_worker import Outcome, failure, finished, locked, log_path, one_line, prepare, read_log, run_cell
 from carma_lib.tasks import build_task
 
 LOSSES = 3  # so often may a cell lose its worker before it counts as what kills it
@@ -33,7 +33,11 @@ COLLECT_SECONDS = 30
 
 def plan_text(sweep: Sweep, *, workers: int | None = None, scheduler: str | None = None,
               slurm: Path | None = None) -> str:
-    """What the sweep would do and where, for a reader; `RunError` where the disk is too small for it."""
+    """What the sweep would do and where, for a reader.
+
+    Raises `RunError` where the disk is too small for it, or a training wants more GPUs than there are.
+    """
+    cpu_only = False
     if slurm:
         count, cluster = slurm_cluster(slurm)
         with cluster:
@@ -41,13 +45,14 @@ def plan_text(sweep: Sweep, *, workers: int | None = None, scheduler: str | None
     elif scheduler:
         count, where = 1, f"the workers of {scheduler}, whose number divides the time"
     else:
+        cpu_only = not gpu_groups(sweep.gpus_each)
         count = default_workers(sweep.gpus_each) if workers is None else workers
         if count < 1:
             raise ValueError(f"workers is {count}; it must be at least 1")
         where = f"{count} local process{'es' if count > 1 else ''}"
     found = estimate(sweep, workers=count)
     check_disk(sweep, found)
-    return describe(sweep, found, workers=count, where=where)
+    return describe(sweep, found, workers=count, where=where, cpu_only=cpu_only)
 
 
 class SweepEnd(NamedTuple):
@@ -62,7 +67,7 @@ class _Task:
     """A call in flight: the starts of a group, or a single cell."""
 
     function: Callable[..., Outcome]
-    argument: Any
+    arguments: tuple[Any, ...]
     jobs: tuple[Job, ...]
     attempt: int = 1
     losses: int = 0
@@ -112,12 +117,13 @@ class _Book:
             self._pause = max(COLLECT_SECONDS, 20 * (self._collected - started))
 
 
-def run_sweep(sweep: Sweep, executor: Executor, *, retries: int = 1) -> SweepEnd:
+def run_sweep(sweep: Sweep, executor: Executor, *, retries: int = 1, sharing: int = 1) -> SweepEnd:
     """Run what is open of a sweep and make its report.
 
     retries: further attempts of a cell that failed. A cell whose worker is lost is run again beside these.
+    sharing: how many of the executor's trainings at a time share a device; its memory must hold so many.
 
-    Raises `RunError` where the folder is in use by another sweep, the disk is full, or the connection to the
+    Raises `RunError` where the folder is in use by another sweep, a disk is full, or the connection to the
     workers is lost; what is done stays done. `ValueError` for retries below 0.
     """
     if retries < 0:
@@ -125,10 +131,10 @@ def run_sweep(sweep: Sweep, executor: Executor, *, retries: int = 1) -> SweepEnd
     try:
         with locked(sweep.run_dir / "lock", wait=False):
             for task in sweep.tasks:
-                build_task(task, sweep.run_dir / "data" / task)
+                build_task(task, sweep.run_dir / "data" / task, **sweep.data[task])
             with tqdm(total=len(sweep.jobs), desc=f"sweep {sweep.file.stem}", unit="cell", mininterval=1) as bar:
                 book = _Book(sweep, bar)
-                _drive(sweep, executor, book, retries)
+                _drive(sweep, executor, book, retries, sharing)
                 book.save()
             return SweepEnd(make_report(sweep, book.failed()), book.failed())
     except BlockingIOError:
@@ -136,19 +142,20 @@ def run_sweep(sweep: Sweep, executor: Executor, *, retries: int = 1) -> SweepEnd
                        "run_dir") from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise _disk_full(sweep) from error
+            raise _disk_full(sweep, one_line(error)) from error
         raise
 
 
-def _drive(sweep: Sweep, executor: Executor, book: _Book, retries: int) -> None:
+def _drive(sweep: Sweep, executor: Executor, book: _Book, retries: int, sharing: int) -> None:
     flight: dict[Future, _Task] = {}
 
     def send(task: _Task) -> None:
-        flight[executor.submit(task.function, task.argument)] = task
+        flight[executor.submit(task.function, *task.arguments)] = task
 
+    trainings = sum(book.cells[job.name]["state"] == "open" and job.cell.method != "untuned" for job in sweep.jobs)
     for jobs in sweep.groups().values():
         if waiting := tuple(job for job in jobs if book.cells[job.name]["state"] == "open"):
-            send(_Task(prepare, list(waiting), waiting))
+            send(_Task(prepare, (list(waiting), max(1, min(sharing, trainings))), waiting))
     try:
         while flight:
             ended, _ = wait(flight, timeout=1, return_when=FIRST_COMPLETED)
@@ -178,9 +185,9 @@ def _follow(sweep: Sweep, book: _Book, task: _Task, future: Future, retries: int
     except Exception as error:  # from the executor itself, such as a worker without this package
         outcome = failure(error)
     if outcome.disk_full:
-        raise _disk_full(sweep)
+        raise _disk_full(sweep, outcome.reason)
     if outcome.state == "done" and task.function is prepare:
-        return [_Task(run_cell, job, (job,)) for job in task.jobs]
+        return [_Task(run_cell, (job,), (job,)) for job in task.jobs]
     if outcome.state == "failed" and task.attempt <= retries:
         return [replace(task, attempt=task.attempt + 1)]
     if outcome.state == "failed" and task.function is prepare:
@@ -201,6 +208,6 @@ def _traceback_path(job: Job) -> Path:
     return job.sweep_dir / "failures" / f"{job.name}.txt"
 
 
-def _disk_full(sweep: Sweep) -> RunError:
-    return RunError(f"the disk of {sweep.run_dir} is full; free some, then the same command goes on from what "
-                    "is done")
+def _disk_full(sweep: Sweep, reason: str) -> RunError:
+    return RunError(f"a disk is full, that of {sweep.run_dir} unless this names another: {reason}; free some, then "
+                    "the same command goes on from what is done")

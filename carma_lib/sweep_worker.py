@@ -138,11 +138,11 @@ def _work(job: Job) -> Path:
     return evaluate_cell(job.run_dir, job.cell, job.conditions)
 
 
-def prepare(jobs: list[Job]) -> Outcome:
+def prepare(jobs: list[Job], sharing: int = 1) -> Outcome:
     """What the cells of one model and task share: their data, the starts of their seeds, and the caches.
 
-    Fails where a training will not fit this worker's memory, or no answer is one token of the start. Only one
-    process does this for a model and task, before any of its cells is begun.
+    Fails where `sharing` trainings at a time will not fit this worker's memory, or no answer is one token of the
+    start. Only one process does this for a model and task, before any of its cells is begun.
     """
     with _ONE_AT_A_TIME:
         quiet()
@@ -154,7 +154,7 @@ def prepare(jobs: list[Job]) -> Outcome:
                 for job in jobs:
                     if not is_done(job.run_dir, job.start, job.settings):
                         make_start(job.run_dir, job.start, job.settings)
-                _encode(jobs)
+                _encode(jobs, sharing)
                 _replace(first)
             return Outcome("done", time.monotonic() - started)
         except Exception as error:
@@ -174,8 +174,8 @@ def _give_data(job: Job) -> None:
             shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cache-*", "tmp*"))
 
 
-def _encode(jobs: list[Job]) -> None:
-    """Encode the rows once, so that the cells find them in the cache, and see whether a training fits."""
+def _encode(jobs: list[Job], sharing: int) -> None:
+    """Encode the rows once, so that the cells find them in the cache, and see whether the trainings fit."""
     first = jobs[0]
     config = load_config(str(first.run_dir / "models" / first.start.place))
     for augmented in sorted({job.cell.method == "synonym_augmentation" for job in jobs}):
@@ -183,7 +183,7 @@ def _encode(jobs: list[Job]) -> None:
     if not len(rows["train"]):
         raise ValueError("no training row's answer is one token of this tokenizer; take another start")
     if any(job.cell.method != "untuned" for job in jobs):
-        check_memory(config, first.settings, tokens=max(rows["train"]["length"]))
+        check_memory(config, first.settings, tokens=max(rows["train"]["length"]), workers=sharing)
 
 
 def _replace(job: Job) -> None:

@@ -13,19 +13,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from transformers import Gemma3Config
 
 from carma_lib.__main__ import SWEEP_EPILOG, build_parser, main
 from carma_lib.files import read_json
 from carma_lib.manifest import RunError
 from carma_lib.models import small_model, train_tokenizer
 from carma_lib.results import read_results
-from carma_lib.sweep import plan_text, run_sweep
+from carma_lib.sweep import SweepEnd, plan_text, run_sweep
 from carma_lib.sweep_estimate import check_disk, estimate, weights_of
 from carma_lib.sweep_executors import (LocalExecutor, WorkerLost, default_workers, gpu_groups, gpus, open_executor,
-                                       slurm_cluster)
+                                       sharing, slurm_cluster)
 from carma_lib.sweep_plan import read_sweep
-from carma_lib.sweep_worker import finished, locked, log_path, read_log
-from carma_lib.tasks import build_task
+from carma_lib.sweep_worker import Outcome, finished, locked, log_path, read_log
+from carma_lib.tasks import build_task, read_card
 
 ROOT = Path(__file__).resolve().parent.parent
 SENTIMENT = "controlled_sentiment"
@@ -75,6 +76,10 @@ def test_the_example_is_a_sweep_of_every_combination_in_order():
     (dict(settings={"mi_layers": 3}), "'mi_layers' takes list"), (dict(settings=[3]), "settings must hold names"),
     (dict(conditions={"rate": [0.1]}), "conditions has the unknown key 'rate'"),
     (dict(conditions={"rates": [2]}), "rates must lie in"), (dict(conditions={"rates": ["a"]}), "conditions: "),
+    (dict(data=[3]), "data must hold names"), (dict(data={"sst3": {}}), "data has the unknown key 'sst3'"),
+    (dict(data={SENTIMENT: {"split": "row"}}), "unknown key 'split'; known are seed, split_by, train_phrases"),
+    (dict(data={SENTIMENT: {"seed": "7"}}), "'seed' takes int, such as 42, not '7'"),
+    (dict(data={SENTIMENT: {"split_by": "rows"}}), "split_by is one of row, synset, headword, not 'rows'"),
     (dict(models=[3]), "must hold names and values"), (dict(models=[{"family": "llama"}]), "a mapping with 'start'"),
     (dict(models=["random", {"start": "random"}]), "the model 'random' stands twice"),
     (dict(models=["nowhere/no-model"]), "'nowhere/no-model'")])
@@ -94,6 +99,14 @@ def test_missing_keys_and_files(tmp_path):
         read_sweep(file)
     with pytest.raises(RunError, match="absent.yml cannot be read"):
         read_sweep(tmp_path / "absent.yml")
+
+
+def test_a_model_whose_text_model_is_a_part_of_it_has_a_depth(tmp_path):
+    part = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    Gemma3Config(text_config=part, vision_config=part).save_pretrained(tmp_path / "model")
+    assert weights_of(sweep_of(tmp_path, models=[str(tmp_path / "model")]).jobs[0]) > 12 * 2 * 16**2
+    with pytest.raises(RunError, match="lower mi_layers"):
+        sweep_of(tmp_path, models=[{"start": str(tmp_path / "model"), "mi_layers": [0, 2]}])
 
 
 def test_commands_in_the_help_and_the_readme_are_understood():
@@ -125,15 +138,46 @@ def test_the_plan_counts_weights_time_and_disk(tmp_path):
     assert not (tmp_path / "small").exists(), "a plan touches nothing"
 
 
+def test_adapters_and_shared_starts_take_little_disk(tmp_path, damaged):
+    lora = {"start": str(damaged), "adapter": "lora", "lora_rank": 4, "precision": "float32"}
+    found = {}
+    for name, changes in (("none", {"adapter": "none"}), ("lora", {}), ("half", {"precision": "bf16"}),
+                          ("qlora", {"adapter": "qlora"})):
+        sweep = sweep_of(tmp_path, models=[{**lora, **changes}], methods=["untuned", "carma"], seeds=[1, 2, 3])
+        found[name], weights = estimate(sweep, workers=2).disk, weights_of(sweep.jobs[0])
+    trained = (3 * 4 + 2 * 24) * 4 * 22 * 2 * 16
+    assert found == {"none": 4 * weights + (3 * 4 + 2 * 24) * weights, "lora": 4 * weights + trained,
+                     "half": 2 * weights + trained, "qlora": weights + trained}
+    start = sweep.jobs[0].run_dir / "models" / sweep.jobs[0].start.place
+    start.mkdir(parents=True)
+    (start / "cell.json").write_text("{}")
+    done = sweep_of(tmp_path, models=[{**lora, "adapter": "qlora"}], methods=["carma"])
+    assert estimate(done).disk == (4 + 24) * 4 * 22 * 2 * 16, "a start that is there takes no more"
+
+
+def test_the_time_of_a_rule_for_cpu_cores_is_told_as_such(tmp_path, monkeypatch):
+    sweep = sweep_of(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "(by a rule, until cells have ended)" in plan_text(sweep)
+    elsewhere = plan_text(sweep, scheduler="tcp://127.0.0.1:9")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for text in (elsewhere, plan_text(sweep), plan_text(sweep, workers=3)):
+        assert "by a rule for CPU cores, until cells have ended; a GPU is much faster" in text
+
+
 # -- the run ---------------------------------------------------------------------------------------
+
+def save_model(folder):
+    tokenizer = train_tokenizer(["a small bird"], vocabulary_size=300, whole_tokens=["positive", "neutral", "negative"])
+    for part in (small_model("llama", tokenizer, layers=2, width=16, heads=2), tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
     """A model folder whose weights were cut short, as by a broken copy."""
-    folder = tmp_path_factory.mktemp("models") / "damaged"
-    tokenizer = train_tokenizer(["a small bird"], vocabulary_size=300, whole_tokens=["positive", "neutral", "negative"])
-    for part in (small_model("llama", tokenizer, layers=2, width=16, heads=2), tokenizer):
-        part.save_pretrained(folder)
+    folder = save_model(tmp_path_factory.mktemp("models") / "damaged")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     return folder
@@ -182,6 +226,34 @@ def test_a_cell_is_tried_again_as_often_as_asked_and_then_named(tmp_path):
     assert finished(sweep.jobs[1]) and not finished(other.jobs[1]), "other conditions are another cell"
 
 
+def test_data_are_made_as_the_file_says_and_anew_where_it_says_otherwise(tmp_path):
+    seven = sweep_of(tmp_path, methods=["untuned"], data={SENTIMENT: {"seed": 7}})
+    usual = sweep_of(tmp_path, methods=["untuned"])
+    with ThreadPoolExecutor(1) as executor:
+        for sweep, seed in ((seven, 7), (usual, 42)):
+            assert "1 cells: 0 done, 1 open" in plan_text(sweep, workers=1)
+            assert not run_sweep(sweep, executor).failed
+            assert read_card(sweep.run_dir / "data" / SENTIMENT)["parameters"]["seed"] == seed
+            assert "1 cells: 1 done, 0 open" in plan_text(sweep, workers=1)
+    assert [line["state"] for line in read_log(log_path(usual.jobs[0]))] == ["begun", "done"] * 2
+
+
+def test_trainings_that_share_a_device_must_fit_together(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("carma_lib.sweep_worker.check_memory", lambda *_, workers, **__: asked.append(workers))
+    with ThreadPoolExecutor(1) as executor:
+        run_sweep(sweep_of(tmp_path, "three", seeds=[1, 2, 3]), executor, sharing=2)
+        run_sweep(sweep_of(tmp_path, "one"), executor, sharing=2)
+    assert asked == [2, 1], "never more than there are trainings"
+    for devices, found in (("", [4, 2, 1]), ("0,1", [2, 1, 1]), ("0,1,2", [2, 1, 1])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+        assert [sharing(workers=4), sharing(), sharing(scheduler="tcp://127.0.0.1:9")] == found
+    assert sharing(workers=3, gpus_each=2) == 3, "one group of two, and one GPU left over"
+    monkeypatch.setattr("carma_lib.sweep.run_sweep",
+                        lambda *_, sharing, **__: asked.append(sharing) or SweepEnd(tmp_path, {}))
+    assert main(["sweep", str(tmp_path / "one.yml"), "--workers", "9"]) == 0 and asked[-1] == 3
+
+
 def test_models_that_differ_in_their_training_only_are_told_apart(tmp_path):
     sweep = sweep_of(tmp_path, methods=["untuned"], models=["random", {"start": "random", "batch_size": 4}])
     with ThreadPoolExecutor(1) as executor:
@@ -190,12 +262,39 @@ def test_models_that_differ_in_their_training_only_are_told_apart(tmp_path):
     assert models == {f"gpt2, 2 layers, width 32 ({job.model})" for job in sweep.jobs} and len(models) == 2
 
 
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    folders = [str(save_model(tmp_path / name / "model")) for name in "ab"]
+    sweep = sweep_of(tmp_path, models=folders, methods=["fine_tuning", "carma"])
+    with ThreadPoolExecutor(1) as executor:
+        assert not run_sweep(sweep, executor).failed
+    assert set(read_results(sweep.run_dir / "results.parquet").model) == {f"model ({job.model})" for job in sweep.jobs}
+    assert pd.read_csv(sweep.run_dir / "tables" / "primary_comparisons.csv").name.is_unique
+
+
+def test_a_report_is_made_where_no_comparison_can_be(tmp_path):
+    sweep = sweep_of(tmp_path, methods=["fine_tuning", "carma"], seeds=[1, 2])
+    for job in (sweep.jobs[0], sweep.jobs[3]):
+        work = job.run_dir / "work" / job.cell.place
+        work.parent.mkdir(parents=True)
+        work.write_text("a file where a folder must be")
+    with ThreadPoolExecutor(1) as executor:
+        end = run_sweep(sweep, executor, retries=0)
+    assert len(end.failed) == 2 and "not tested" in end.report.read_text()
+
+
 def test_a_full_disk_stops_the_sweep_in_one_line(tmp_path):
     sweep = sweep_of(tmp_path)
     log_path(sweep.jobs[0]).parent.mkdir(parents=True)
     log_path(sweep.jobs[0]).symlink_to("/dev/full")
-    with ThreadPoolExecutor(1) as executor, pytest.raises(RunError, match="the disk of .* is full; free some"):
+    with ThreadPoolExecutor(1) as executor, pytest.raises(RunError, match="a disk is full, that of .*Errno 28"):
         run_sweep(sweep, executor)
+
+
+def test_a_full_disk_elsewhere_is_named(tmp_path, monkeypatch):
+    reason = "OSError: the disk is full while loading 'gpt2': free space, or set HF_HOME to a folder on another disk"
+    monkeypatch.setattr("carma_lib.sweep.prepare", lambda *_: Outcome("failed", 0.0, reason, "", disk_full=True))
+    with ThreadPoolExecutor(1) as executor, pytest.raises(RunError, match="unless this names another: .* set HF_HOME"):
+        run_sweep(sweep_of(tmp_path), executor)
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path):
@@ -277,6 +376,18 @@ def test_gpus_are_those_that_are_visible(monkeypatch):
     assert gpu_groups() == ["0", "1", "2", "3", "4"] and gpu_groups(2) == ["0,1", "2,3"] and default_workers(2) == 2
 
 
+def test_fewer_gpus_than_a_training_wants_are_refused(tmp_path, monkeypatch):
+    sweep = sweep_of(tmp_path, settings={**sweep_text("")["settings"], "processes": 2})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for workers in (None, 1):
+        with pytest.raises(RunError, match="processes: 2 and wants a GPU for each, but 1 can be used here; lower"):
+            plan_text(sweep, workers=workers)
+        with pytest.raises(RunError, match="wants a GPU for each"), open_executor(workers=workers, gpus_each=2):
+            pass
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "2 local processes" in plan_text(sweep) and gpu_groups(2) == [], "without any GPU, on the CPU"
+
+
 def test_a_worker_chooses_its_gpu_before_torch_is_loaded():
     code = "import sys, carma_lib.sweep_executors; sys.exit('torch' in sys.modules or 'distributed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -299,8 +410,10 @@ def test_slurm_jobs_are_what_the_file_says(tmp_path, monkeypatch):
     with cluster:
         script = cluster.job_script()
     assert count == 4 and "#SBATCH --gres=gpu:1" in script and "--nthreads 1" in script and "OMP_NUM_THREADS=8" in script
+    assert "--lifetime 465m" in script and "-t 08:00:00" in script
     for text, message in (("queue: gpu", "must hold 'jobs: <number>'"), ("jobs: 1\nqueeue: x\ncores: 1\nmemory: 1GB", "queeue"),
-                          ("jobs: [", "cannot be read")):
+                          ("jobs: [", "cannot be read"),
+                          ("jobs: 1\ncores: 1\nmemory: 1GB\ninterface: none0", "'none0' is not a valid network")):
         (tmp_path / "slurm.yml").write_text(text)
         with pytest.raises(RunError, match=message):
             slurm_cluster(tmp_path / "slurm.yml")
