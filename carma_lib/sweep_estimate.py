@@ -20,6 +20,7 @@ from carma_lib.manifest import RunError
 from carma_lib.models import load_config
 from carma_lib.sweep_plan import Job, Sweep
 from carma_lib.sweep_worker import finished, log_path, read_log
+from carma_lib.tasks.schema import RULES_VERSION
 
 CPU_RULE = "by a rule for CPU cores, until cells have ended; a GPU is much faster"
 OPERATIONS_A_SECOND, SHORTEST_STEP, TOKENS_A_ROW = 3e10, 0.03, 24
@@ -74,7 +75,8 @@ def done_cells(sweep: Sweep) -> set[str]:
     stale = set()
     for task in sweep.tasks:
         card = read_json(sweep.run_dir / "data" / task / "card.json")
-        if card and any(card["parameters"].get(name, value) != value for name, value in sweep.data[task].items()):
+        if card and (card["rules_version"] != RULES_VERSION or any(
+                card["parameters"].get(name, value) != value for name, value in sweep.data[task].items())):
             stale.add(task)
     return {job.name for job in sweep.jobs if job.cell.task not in stale and finished(job)}
 

@@ -226,7 +226,7 @@ def test_a_cell_is_tried_again_as_often_as_asked_and_then_named(tmp_path):
     assert finished(sweep.jobs[1]) and not finished(other.jobs[1]), "other conditions are another cell"
 
 
-def test_data_are_made_as_the_file_says_and_anew_where_it_says_otherwise(tmp_path):
+def test_data_are_made_as_the_file_says_and_anew_where_it_says_otherwise(tmp_path, monkeypatch):
     seven = sweep_of(tmp_path, methods=["untuned"], data={SENTIMENT: {"seed": 7}})
     usual = sweep_of(tmp_path, methods=["untuned"])
     with ThreadPoolExecutor(1) as executor:
@@ -236,6 +236,8 @@ def test_data_are_made_as_the_file_says_and_anew_where_it_says_otherwise(tmp_pat
             assert read_card(sweep.run_dir / "data" / SENTIMENT)["parameters"]["seed"] == seed
             assert "1 cells: 1 done, 0 open" in plan_text(sweep, workers=1)
     assert [line["state"] for line in read_log(log_path(usual.jobs[0]))] == ["begun", "done"] * 2
+    monkeypatch.setattr("carma_lib.sweep_estimate.RULES_VERSION", 0)
+    assert "1 cells: 0 done, 1 open" in plan_text(usual, workers=1), "data by other rules are made anew too"
 
 
 def test_trainings_that_share_a_device_must_fit_together(tmp_path, monkeypatch):
