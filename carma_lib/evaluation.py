@@ -95,6 +95,13 @@ def asked_rows(run_dir: Path, start: Cell, conditions: Conditions) -> dict[str, 
     return {split: answerable(items, load_tokenizer(str(folder)), prompt) for split, items in rows.items()}
 
 
+def make_replacements(run_dir: Path, start: Cell, conditions: Conditions) -> None:
+    """Replace synonyms once, so that all models from this untuned cell find the texts in the cache."""
+    for rows in asked_rows(run_dir, start, conditions).values():
+        for rate in conditions.rates:
+            replaced_rows(rows, start.task, rate=rate, seed=conditions.replacement_seed, cache_dir=run_dir / "cache")
+
+
 def evaluate_model(model: Any, tokenizer: Any, rows: datasets.Dataset, *, prompt: Prompt,
                    replaced: dict[float, tuple[datasets.Dataset, list[int]]],
                    conditions: Conditions) -> pd.DataFrame:
@@ -224,10 +231,8 @@ def _on_device(model: torch.nn.Module) -> None:
 
 def evaluate_cells(run_dir: Path, cells: Sequence[Cell], conditions: Conditions, *, workers: int = 1) -> Path:
     """Evaluate every cell in `workers` processes and write the whole table, `results.parquet`."""
-    for cell in {cell.task: cell for cell in cells}.values():  # once, so that workers find the texts in the cache
-        for rows in asked_rows(run_dir, replace(cell, method="untuned"), conditions).values():
-            for rate in conditions.rates:
-                replaced_rows(rows, cell.task, rate=rate, seed=conditions.replacement_seed, cache_dir=run_dir / "cache")
+    for cell in {cell.task: cell for cell in cells}.values():
+        make_replacements(run_dir, replace(cell, method="untuned"), conditions)
     parts = run_parallel(evaluate_cell, [(run_dir, cell, conditions) for cell in cells], workers=workers,
                          description=f"evaluating {len(cells)} models", unit="model")
     return write_results(read_results(parts), run_dir / "results.parquet")

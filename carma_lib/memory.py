@@ -167,14 +167,19 @@ def _cheaper(settings: Settings) -> Iterator[tuple[str, Settings]]:
         yield name, replace(smaller, adapter="qlora")
 
 
+def _sharing(settings: Settings) -> int:
+    """Processes of one training that share a memory: each has a GPU of its own, or all are on the CPU."""
+    return 1 if torch.cuda.is_available() else settings.processes
+
+
 def memory_table(config: PretrainedConfig, settings: Settings, *, tokens: int, workers: int = 1) -> pd.DataFrame:
     """Settings as asked for, then cheaper ones: GiB of each part for all `workers`, total, and whether it fits."""
     free, _ = available_memory()
     rows = []
     for name, each in (("as asked for", settings), *_cheaper(settings)):
-        estimate = estimate_memory(config, each, tokens=tokens)
-        rows.append({"settings": name, **{part: workers * getattr(estimate, part) / GIB for part in (
-            "weights", "gradients", "optimizer", "activations", "total")}, "fits": workers * estimate.total < free})
+        estimate, times = estimate_memory(config, each, tokens=tokens), workers * _sharing(each)
+        rows.append({"settings": name, **{part: times * getattr(estimate, part) / GIB for part in (
+            "weights", "gradients", "optimizer", "activations", "total")}, "fits": times * estimate.total < free})
     return pd.DataFrame(rows)
 
 
@@ -184,19 +189,20 @@ def check_memory(config: PretrainedConfig, settings: Settings, *, tokens: int, w
     Raises `NotEnoughMemory` otherwise, naming the first cheaper settings that fit.
     """
     free, where = available_memory()
-    estimate = estimate_memory(config, settings, tokens=tokens)
-    if workers * estimate.total < free:
+    estimate, processes = estimate_memory(config, settings, tokens=tokens), _sharing(settings)
+    if workers * processes * estimate.total < free:
         return estimate
     table = memory_table(config, settings, tokens=tokens, workers=workers)
     fitting = table[table.fits]
-    if workers > 1 and estimate.total < free:
-        way_out = f"workers={max(1, free // estimate.total)} does"
+    if workers > 1 and processes * estimate.total < free:
+        way_out = f"workers={max(1, free // (processes * estimate.total))} does"
     elif len(fitting):
         way_out = f"{fitting.settings.iloc[0]} does, with {fitting.total.iloc[0]:.1f} GiB"
     else:
         way_out = "no other settings do either: take a smaller model, or several GPUs (processes=…)"
     parts = ", ".join(f"{name} {getattr(estimate, name) / GIB:.1f}" for name in (
         "weights", "gradients", "optimizer", "activations"))
-    raise NotEnoughMemory(f"training takes about {workers * estimate.total / GIB:.1f} GiB "
-                          f"({f'{workers} at a time, each ' if workers > 1 else ''}{parts}), and "
+    times = workers * processes
+    raise NotEnoughMemory(f"training takes about {times * estimate.total / GIB:.1f} GiB "
+                          f"({f'{times} processes, each ' if times > 1 else ''}{parts}), and "
                           f"{free / GIB:.1f} GiB are free {where}, so it does not fit; {way_out}")

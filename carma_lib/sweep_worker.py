@@ -27,14 +27,12 @@ try:
 except ImportError:  # no such lock on Windows
     fcntl = None
 
-from carma_lib.evaluation import answerable, evaluate_cell, evaluation_rows
-from carma_lib.experiment import (encode_task, fine_tune, fine_tune_in_processes, is_done, make_start,
-                                  task_prompt)
+from carma_lib.evaluation import evaluate_cell, make_replacements
+from carma_lib.experiment import encode_task, fine_tune, fine_tune_in_processes, is_done, make_start
 from carma_lib.files import fingerprint, whole_folder
 from carma_lib.memory import check_memory
-from carma_lib.models import load_config, load_tokenizer
+from carma_lib.models import load_config
 from carma_lib.parallel import quiet
-from carma_lib.perturbation import replaced_rows
 from carma_lib.sweep_plan import Job
 from carma_lib.tasks import read_card
 
@@ -155,7 +153,7 @@ def prepare(jobs: list[Job], sharing: int = 1) -> Outcome:
                     if not is_done(job.run_dir, job.start, job.settings):
                         make_start(job.run_dir, job.start, job.settings)
                 _encode(jobs, sharing)
-                _replace(first)
+                make_replacements(first.run_dir, first.start, first.conditions)
             return Outcome("done", time.monotonic() - started)
         except Exception as error:
             return failure(error, time.monotonic() - started)
@@ -184,19 +182,6 @@ def _encode(jobs: list[Job], sharing: int) -> None:
         raise ValueError("no training row's answer is one token of this tokenizer; take another start")
     if any(job.cell.method != "untuned" for job in jobs):
         check_memory(config, first.settings, tokens=max(rows["train"]["length"]), workers=sharing)
-
-
-def _replace(job: Job) -> None:
-    """Replace synonyms once, so that the cells find the texts in the cache."""
-    task, start = job.cell.task, job.settings.start
-    tokenizer = load_tokenizer(str(job.run_dir / "tokenizers" / task))
-    model_type = load_config(str(job.run_dir / "models" / job.start.place)).model_type
-    for rows in evaluation_rows(job.run_dir, task, job.conditions).values():
-        if start != "random":
-            rows = answerable(rows, tokenizer, task_prompt(task, model_type, start))
-        for rate in job.conditions.rates:
-            replaced_rows(rows, task, rate=rate, seed=job.conditions.replacement_seed,
-                          cache_dir=job.run_dir / "cache")
 
 
 def failure(error: BaseException, seconds: float = 0.0) -> Outcome:
