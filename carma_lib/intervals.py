@@ -30,7 +30,7 @@ def critical_value(tail: float, seed_share: float, seeds: int, items: int) -> fl
     Cochran and Cox's approximation: Student's t quantiles for seeds - 1 and for items - 1 degrees of freedom,
     weighted by the shares of the variance that seeds and items contribute.
     """
-    by_seed, by_item = stdtrit([max(seeds - 1, 1), max(items - 1, 1)], 1 - tail)
+    by_seed, by_item = -stdtrit([max(seeds - 1, 1), max(items - 1, 1)], tail)  # by symmetry; 1 - tail would round
     return float(seed_share * by_seed + (1 - seed_share) * by_item)
 
 
