@@ -139,8 +139,8 @@ class Prompts(NamedTuple):
 def prompts_of(rows: datasets.Dataset, tokenizer: Any, prompt: Prompt, *, level: str = "word",
                batch_size: int = 64) -> Prompts:
     """The encoded rows of a split (see `collation.encode`) in batches, short ones first."""
-    encoded = encode(rows, tokenizer, prefix=prompt.prefix, suffix=prompt.suffix, level=level)
-    order = sorted(range(len(encoded)), key=lambda row: encoded["length"][row])
+    encoded = encode(rows, tokenizer, prefix=prompt.prefix, suffix=prompt.suffix, level=level).to_list()
+    order = sorted(range(len(encoded)), key=lambda row: encoded[row]["length"])
     places = [order[first:first + batch_size] for first in range(0, len(order), batch_size)]
     collate = Collator(tokenizer)
     return Prompts(list(rows["item_id"]), list(rows["target"]), places,

@@ -10,6 +10,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -74,7 +75,12 @@ def controlled_synonyms(lexicon: Lexicon | None = None) -> dict[str, list[str]]:
 
     Without `lexicon` those of the one that comes with the package.
     """
-    return dict((lexicon or load_lexicon()).synonyms)
+    return dict(lexicon.synonyms if lexicon else _packaged_synonyms())
+
+
+@cache
+def _packaged_synonyms() -> dict[str, list[str]]:
+    return load_lexicon().synonyms
 
 
 def lexicon_file() -> Path:
