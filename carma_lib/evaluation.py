@@ -91,8 +91,8 @@ def asked_rows(run_dir: Path, start: Cell, conditions: Conditions) -> dict[str, 
     rows, begun = evaluation_rows(run_dir, start.task, conditions), read_json(folder / "cell.json")["start"]
     if begun == "random":
         return rows
-    prompt = task_prompt(start.task, load_config(str(folder)).model_type, begun)
-    return {split: answerable(items, load_tokenizer(str(folder)), prompt) for split, items in rows.items()}
+    prompt, tokenizer = task_prompt(start.task, load_config(str(folder)).model_type, begun), load_tokenizer(str(folder))
+    return {split: answerable(items, tokenizer, prompt) for split, items in rows.items()}
 
 
 def make_replacements(run_dir: Path, start: Cell, conditions: Conditions) -> None:

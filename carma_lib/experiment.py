@@ -203,7 +203,8 @@ def fine_tune(run_dir: Path, cell: Cell, settings: Settings) -> Path:
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
             _write_facts(temporary, run_dir, cell, settings, budget=steps, training_rows=len(rows["train"]),
-                         seconds=seconds, model=read_json(start / "cell.json")["model"], best_accuracy=trainer.state.best_metric)
+                         seconds=seconds, best_accuracy=trainer.state.best_metric,
+                         model=read_json(start / "cell.json")["model"])
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         shutil.rmtree(work)

@@ -98,8 +98,12 @@ class _Counts(NamedTuple):
 @lru_cache(maxsize=8)
 def _count(kind: type[PretrainedConfig], configuration: str) -> _Counts:
     """Of a model of this configuration (JSON), built without memory for its weights."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(configuration)))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(configuration)))
+    except ValueError as error:
+        raise ValueError(f"a model of the type '{kind.model_type}' is no causal language model of the transformers "
+                         "library; take another start") from error
     head = model.get_output_embeddings()
     maps = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
     return _Counts(sum(weight.numel() for weight in model.parameters()), sum(each.weight.numel() for each in maps),

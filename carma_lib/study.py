@@ -130,8 +130,9 @@ def run_cells(study_dir: Path, work_dir: Path, cells: Iterable[StudyCell], recip
     """
     cells = list(dict.fromkeys(cells))
     open_cells = [cell for cell in cells if not is_done(study_dir, cell)]
+    mark = fingerprint(asdict(recipe))
     for cell in set(cells) - set(open_cells):
-        if read_json(study_dir / f"{cell.place}.json")["recipe"] != fingerprint(asdict(recipe)):
+        if read_json(study_dir / f"{cell.place}.json")["recipe"] != mark:
             raise ValueError(f"{study_dir} holds cells made by another recipe, such as {cell.place}; give another "
                              "study_dir, or move that folder away")
     if not open_cells:

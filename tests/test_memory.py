@@ -95,3 +95,9 @@ def test_a_start_that_main_memory_cannot_hold_is_refused_before_it_is_read(monke
     with pytest.raises(NotEnoughMemory, match="'a/model' takes 0.5 GiB of main memory to load, and 0.4 GiB are free"):
         check_loading("a/model", GPT2, SETTINGS)
     check_loading("a/model", GPT2, replace(SETTINGS, adapter="lora", precision="bf16"))
+
+
+def test_a_family_without_a_causal_language_model_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="of the type 't5' is no causal language model") as error:
+        check_loading("a/model", AutoConfig.for_model("t5"), SETTINGS)
+    assert "\n" not in str(error.value)
