@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from carma_lib import statistics
-from carma_lib.inference import bootstrap_interval, cv_ratio_test, holm, paired_test, power
-from carma_lib.intervals import crossed_interval, cv_interval
-from carma_lib.statistics import Crossed
+from carma_lib.stats import metrics as statistics
+from carma_lib.stats.inference import bootstrap_interval, cv_ratio_test, holm, paired_test, power
+from carma_lib.stats.intervals import crossed_interval, cv_interval
+from carma_lib.stats.metrics import Crossed
 
 
 class Design(NamedTuple):

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from carma_lib.collation import Collator
-from carma_lib.constituents import constituent_ids, word_spans
+from carma_lib.collate import Collator
+from carma_lib.words import constituent_ids, word_spans
 from carma_lib.files import whole_file
 
 ROWS = 512
@@ -26,7 +26,7 @@ def write_lengths(path: Path) -> None:
     The tokenizers are byte-level BPE trained on the definitions: 16,000 entries split about as many words as
     large vocabularies do on general text, 3,300 split about a third (`many_pieces`, on definitions too).
     """
-    from carma_lib.lexicon import definition_pairs
+    from carma_lib.synonyms.wordnet import definition_pairs
     from carma_lib.tasks.sst import load_trees
 
     definitions = sorted(set(definition_pairs()["definition"]))

@@ -10,9 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from carma_lib.lexicon import definition_pairs
-from carma_lib.perturbation import replace_all, replace_synonyms
-from carma_lib.perturbation_quality import mark_changes, quality_table
+from carma_lib.synonyms.wordnet import definition_pairs
+from carma_lib.synonyms.replacement import replace_all, replace_synonyms
+from carma_lib.synonyms.quality import mark_changes, quality_table
 
 
 def sst_sentences() -> list[str]:

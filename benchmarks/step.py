@@ -29,7 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from carma_lib.files import whole_file
 from carma_lib.losses import CarmaConfig
-from carma_lib.training import CarmaTrainer
+from carma_lib.trainer import CarmaTrainer
 
 HERE = Path(__file__).parent
 MODELS = {

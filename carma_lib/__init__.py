@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from carma_lib.losses import CarmaConfig, CarmaLoss, mutual_information_loss, stability_loss
-    from carma_lib.perturbation import replace_synonyms
+    from carma_lib.synonyms.replacement import replace_synonyms
     from carma_lib.pooling import constituent_aware_pooling, pooling_grid
-    from carma_lib.training import CarmaTrainer
+    from carma_lib.trainer import CarmaTrainer
 
 __version__ = "0.1.0"
 _HOMES = {
     "CarmaConfig": "losses", "CarmaLoss": "losses", "mutual_information_loss": "losses", "stability_loss": "losses",
-    "CarmaTrainer": "training", "constituent_aware_pooling": "pooling", "pooling_grid": "pooling",
-    "replace_synonyms": "perturbation",
+    "CarmaTrainer": "trainer", "constituent_aware_pooling": "pooling", "pooling_grid": "pooling",
+    "replace_synonyms": "synonyms.replacement",
 }
 __all__ = sorted(_HOMES)
 

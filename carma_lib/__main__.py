@@ -61,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code."""
-    from carma_lib import manifest, pipeline
+    from carma_lib import manifest
+    from carma_lib import notebooks as pipeline
 
     options = build_parser().parse_args(arguments)
     try:
@@ -99,9 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from carma_lib.sweep import plan_text, run_sweep
-    from carma_lib.sweep_executors import open_executor, sharing
-    from carma_lib.sweep_plan import read_sweep
+    from carma_lib.lab.sweep import plan_text, run_sweep
+    from carma_lib.lab.sweep_executors import open_executor, sharing
+    from carma_lib.lab.sweep_plan import read_sweep
 
     sweep = read_sweep(options.file)
     where = {"workers": options.workers, "scheduler": options.scheduler, "slurm": options.slurm}

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 
+class RunError(Exception):
+    """Why a run cannot start or go on, in one line that names the way out."""
+
+
 @contextlib.contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error.

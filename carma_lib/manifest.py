@@ -8,14 +8,10 @@ from typing import Any
 
 import yaml
 
-from carma_lib.files import fingerprint, read_json
-from carma_lib.tasks.controlled import lexicon_file
+from carma_lib.files import RunError, fingerprint, read_json
+from carma_lib.tasks.controlled.lexicon import lexicon_file
 
 MANIFEST = "nbs_ci.yml"
-
-
-class RunError(Exception):
-    """Why a run cannot start or go on, in one line that names the way out."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Plan:
         package = Path(__file__).parent
         library = [path.read_text(encoding="utf-8") for path in sorted([*package.rglob("*.py"), *package.glob("*.csv"),
                                                                                  *package.glob("*.yml")])
-                   if path.name not in ("manifest.py", "pipeline.py", "__main__.py", "report.py")
+                   if path.name not in ("manifest.py", "notebooks.py", "__main__.py", "page.py")
                    and not path.name.startswith("sweep")]
         before, result = fingerprint(library, lexicon_file().read_text(encoding="utf-8")), {}
         for notebook in self.notebooks:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from carma_lib.losses import CarmaConfig
-from carma_lib.training import CarmaTrainer
+from carma_lib.trainer import CarmaTrainer
 
 
 class Method(NamedTuple):

@@ -29,7 +29,7 @@ def sst_folder() -> Path:
 @pytest.fixture(scope="session")
 def wordnet_database():
     """The real WordNet 3.0."""
-    from carma_lib.lexicon import WordNetNotFound, wordnet
+    from carma_lib.synonyms.wordnet import WordNetNotFound, wordnet
 
     try:
         return wordnet()

@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from carma_lib.results import RESULT_COLUMNS
+from carma_lib.stats.table import RESULT_COLUMNS
 
 WORDS = np.array([f"word{number:02d}" for number in range(20)])
 

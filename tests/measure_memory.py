@@ -13,10 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from carma_lib.losses import CarmaConfig
-from carma_lib.memory import estimate_memory
+from carma_lib.lab.memory import estimate_memory
 from carma_lib.models import add_adapter
-from carma_lib.settings import Settings
-from carma_lib.training import CarmaTrainer
+from carma_lib.lab.settings import Settings
+from carma_lib.trainer import CarmaTrainer
 
 TOKENS, WIDTH, BLOCKS, VOCABULARY = 64, 256, 4, 2000
 CARMA = CarmaConfig(mi_layers=(0, 1), stability_layers=(0, 1))

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from tiny import TEXTS, byte_level_tokenizer, metaspace_tokenizer, tiny_model
 
-from carma_lib.collation import Collator, _single_target, encode, encode_text
+from carma_lib.collate import Collator, _single_target, encode, encode_text
 
 
 def rows(*texts, target="dog"):

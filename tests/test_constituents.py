@@ -3,7 +3,7 @@
 import pytest
 from tiny import byte_level_tokenizer, metaspace_tokenizer
 
-from carma_lib.constituents import constituent_ids, phrase_spans, word_spans
+from carma_lib.words import constituent_ids, phrase_spans, word_spans
 
 
 def cut(text, spans):

@@ -12,10 +12,10 @@ from collections import Counter, defaultdict
 import pytest
 import yaml
 
-from carma_lib.tasks import controlled_opinions
-from carma_lib.tasks.controlled import LABELS, LexiconError, controlled_synonyms, load_lexicon
-from carma_lib.tasks.controlled_definitions import inverse_dictionary_rows
-from carma_lib.tasks.controlled_opinions import sentiment_rows
+from carma_lib.tasks.controlled import opinions as controlled_opinions
+from carma_lib.tasks.controlled.lexicon import LABELS, LexiconError, controlled_synonyms, load_lexicon
+from carma_lib.tasks.controlled.definitions import inverse_dictionary_rows
+from carma_lib.tasks.controlled.opinions import sentiment_rows
 
 LEXICON = load_lexicon()
 CANONICAL = {word: min([word, *others]) for word, others in LEXICON.synonyms.items()}

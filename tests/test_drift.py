@@ -8,11 +8,11 @@ from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import byte_level_tokenizer, metaspace_tokenizer, tiny_model
 
-from carma_lib.collation import Collator
-from carma_lib.drift import compare_with_start, hidden_state_drift, perplexity
-from carma_lib.figures import drift_by_layer
+from carma_lib.collate import Collator
+from carma_lib.lab.drift import compare_with_start, hidden_state_drift, perplexity
+from carma_lib.report.plots import drift_by_layer
 from carma_lib.models import Prompt
-from carma_lib.training import decoder_blocks
+from carma_lib.trainer import decoder_blocks
 
 FAMILIES = ("gpt2", "llama", "gemma2")
 LENGTHS = (7, 1, 12, 4, 9, 2)

@@ -6,15 +6,15 @@ import shutil
 import pytest
 import torch
 
-from carma_lib import evaluation
-from carma_lib.collation import encode
-from carma_lib.evaluation import (Conditions, drift_of_cells, evaluate_cell, evaluate_cells, evaluation_rows, replaced_rows,
+from carma_lib.lab import evaluate as evaluation
+from carma_lib.collate import encode
+from carma_lib.lab.evaluate import (Conditions, drift_of_cells, evaluate_cell, evaluate_cells, evaluation_rows, replaced_rows,
                                   trained_cells)
-from carma_lib.experiment import Cell, Settings, make_start
+from carma_lib.lab.experiment import Cell, Settings, make_start
 from carma_lib.losses import CarmaConfig
 from carma_lib.models import load_model, prompt_for
 from carma_lib.pooling import constituent_aware_pooling
-from carma_lib.results import read_results
+from carma_lib.stats.table import read_results
 from carma_lib.tasks import build_task
 
 TASK = "controlled_inverse_dictionary"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from carma_lib.experiment import (Cell, Settings, encode_task, fine_tune, is_done, make_start, one_gpu,
+from carma_lib.lab.experiment import (Cell, Settings, encode_task, fine_tune, is_done, make_start, one_gpu,
                                   read_histories, run_parallel, tidy_history, train_cells)
 from carma_lib.losses import CarmaConfig
 from carma_lib.tasks import DataNotFound, build_task
@@ -72,7 +72,7 @@ def test_weight_zero_gives_the_weights_of_fine_tuning(run, tmp_path):
 
 
 def test_a_training_broken_off_goes_on_to_the_same_weights(run, tmp_path, monkeypatch):
-    from carma_lib import training
+    from carma_lib import trainer as training
 
     cell = Cell(TASK, "carma", 1)
     fine_tune(run, cell, SETTINGS)
@@ -159,9 +159,9 @@ def test_unknown_names_and_missing_data(tmp_path):
 def test_a_pretrained_folder_is_a_start_and_rows_of_several_token_answers_are_left_out(run, tmp_path):
     from dataclasses import replace
 
-    from carma_lib.evaluation import Conditions, drift_of_cells, evaluate_cells
+    from carma_lib.lab.evaluate import Conditions, drift_of_cells, evaluate_cells
     from carma_lib.models import small_model, train_tokenizer
-    from carma_lib.results import read_results
+    from carma_lib.stats.table import read_results
     from carma_lib.tasks import load_task
 
     task = "controlled_inverse_dictionary"

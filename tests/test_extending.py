@@ -11,14 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 TRY = '''
 from pathlib import Path
 import torch
-from carma_lib import figures
-from carma_lib.evaluation import Conditions, evaluate_cell
-from carma_lib.experiment import Cell, fine_tune, make_start
+from carma_lib.report import plots as figures
+from carma_lib.lab.evaluate import Conditions, evaluate_cell
+from carma_lib.lab.experiment import Cell, fine_tune, make_start
 from carma_lib.model_table import prompt_for, settings_for
 from carma_lib.pooling import pooling_grid
-from carma_lib.results import read_results
-from carma_lib.settings import fill
-from carma_lib.statistics import accuracy, per_seed
+from carma_lib.stats.table import read_results
+from carma_lib.lab.settings import fill
+from carma_lib.stats.metrics import accuracy, per_seed
 from carma_lib.tasks import build_task
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -6,9 +6,10 @@ import pytest
 from made_results import made_history, made_results
 from matplotlib.colors import to_hex
 
-from carma_lib import figures, statistics
-from carma_lib.comparisons import power_table, primary_comparisons
-from carma_lib.results import METHOD_LABELS
+from carma_lib.report import plots as figures
+from carma_lib.stats import metrics as statistics
+from carma_lib.stats.claims import power_table, primary_comparisons
+from carma_lib.stats.table import METHOD_LABELS
 
 SPLITS = ("test_seen", "test_held_out", "test_longer")
 CLAIMS = [{"name": f"{kind} of {metric}", "kind": kind, "metric": metric, "split": "test_seen",

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from carma_lib import lexicon
-from carma_lib.lexicon import (
+from carma_lib.synonyms import wordnet as lexicon
+from carma_lib.synonyms.wordnet import (
     AGREEMENT, FUNCTION_WORDS, RARITY, definition_pairs, inflect, lemmas_of, sense_counts, sense_shares,
     synonym_forms, synonyms, usual_part_of_speech, wordnet)
 
@@ -39,7 +39,7 @@ def test_nltks_own_data_come_first(tmp_path):
     (corpus / "lexnames").write_text("".join(
         f"{number:02d}\t{name}\t1\n" for number, name in enumerate(lexicon.LEXICOGRAPHER_FILES)))
     code = ("import nltk; nltk.data.path[:] = [r'%s']\n"
-            "from carma_lib.lexicon import wordnet\n"
+            "from carma_lib.synonyms.wordnet import wordnet\n"
             "print(type(wordnet()).__name__, wordnet().synset('dog.n.01').lexname())" % tmp_path)
     assert run_python(code, NLTK_DATA=str(tmp_path)) == "WordNetCorpusReader noun.animal"
 
@@ -47,7 +47,7 @@ def test_nltks_own_data_come_first(tmp_path):
 def test_without_wordnet_one_line_names_three_ways():
     code = ("import nltk; nltk.data.path.clear(); nltk.download = lambda *names, **options: False\n"
             "from pathlib import Path\n"
-            "from carma_lib import lexicon\n"
+            "import carma_lib.synonyms.wordnet as lexicon\n"
             "lexicon.DEBIAN_FOLDER = Path('nowhere')\n"
             "try: lexicon.wordnet()\n"
             "except lexicon.WordNetNotFound as error: print(error)")
@@ -58,7 +58,7 @@ def test_without_wordnet_one_line_names_three_ways():
 
 
 def test_import_loads_nothing_heavy():
-    code = ("import sys, carma_lib.perturbation_quality\n"
+    code = ("import sys, carma_lib.synonyms.quality\n"
             "heavy = {'nltk', 'textblob', 'lemminflect', 'pandas', 'torch', 'tqdm'}\n"
             "print(sorted(heavy & set(sys.modules)))")
     assert run_python(code) == "[]"

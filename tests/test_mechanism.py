@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 from tiny import TEXTS, byte_level_tokenizer, tiny_model
 
-from carma_lib.collation import Collator, encode
-from carma_lib.mechanism import (FOLDS, RIDGE, additive_structure, final_states, part_matrix, read_out_accuracy,
+from carma_lib.collate import Collator, encode
+from carma_lib.lab.mechanism import (FOLDS, RIDGE, additive_structure, final_states, part_matrix, read_out_accuracy,
                                  token_mutual_information)
 
 TOKENIZER = byte_level_tokenizer()

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from carma_lib import memory
+from carma_lib.lab import memory
 from carma_lib.losses import CarmaConfig
-from carma_lib.memory import NotEnoughMemory, check_loading, check_memory, estimate_memory, memory_table
-from carma_lib.settings import Settings
+from carma_lib.lab.memory import NotEnoughMemory, check_loading, check_memory, estimate_memory, memory_table
+from carma_lib.lab.settings import Settings
 
 SETTINGS = Settings(layers=12, carma=CarmaConfig(mi_layers=(0, 7), stability_layers=(0, 7)), precision="float32")
 GPT2 = AutoConfig.for_model("gpt2")

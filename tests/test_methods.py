@@ -8,10 +8,10 @@ from datasets import Dataset
 from tiny import TEXTS, byte_level_tokenizer, tiny_model
 from transformers import TrainingArguments
 
-from carma_lib.collation import Collator, encode
+from carma_lib.collate import Collator, encode
 from carma_lib.losses import CarmaConfig
 from carma_lib.methods import METHODS, R_DROP_DROPOUT, RDropTrainer, make_trainer, method_config
-from carma_lib.results import METHOD_LABELS
+from carma_lib.stats.table import METHOD_LABELS
 
 CARMA = CarmaConfig(carma_weight=0.4, mi_weight=0.5, mi_layers=(0, 1), stability_layers=(0, 1))
 TOKENIZER = byte_level_tokenizer()

@@ -11,7 +11,7 @@ import pytest
 
 from carma_lib.files import read_json
 from carma_lib.manifest import read_manifest
-from carma_lib.results import read_results
+from carma_lib.stats.table import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 900  # seconds until something must have happened

@@ -8,14 +8,14 @@ import sys
 import numpy as np
 import pytest
 
-from carma_lib import perturbation
-from carma_lib.lexicon import FUNCTION_WORDS, lemmas_of, synonym_forms
-from carma_lib.perturbation import (
+from carma_lib.synonyms import replacement as perturbation
+from carma_lib.synonyms.wordnet import FUNCTION_WORDS, lemmas_of, synonym_forms
+from carma_lib.synonyms.replacement import (
     Change, Replacement, replace_all, replace_synonyms, shift_spans, worst_replacement, worst_replacements)
-from carma_lib.perturbation_quality import (
+from carma_lib.synonyms.quality import (
     first_lemma_of_any_sense, mark_changes, quality_table, replacement_quality)
-from carma_lib.tagging import fixed_words, is_content, tagged_words
-from carma_lib.tasks.controlled import controlled_synonyms
+from carma_lib.synonyms.tagging import fixed_words, is_content, tagged_words
+from carma_lib.tasks.controlled.lexicon import controlled_synonyms
 
 SENTENCES = [
     "The film begins slowly, but the children often enjoy a huge and fascinating story.",
@@ -96,7 +96,7 @@ def test_every_candidate_and_place_is_drawn():
 
 
 def test_hash_seed_changes_nothing():
-    code = ("from carma_lib.perturbation import replace_all\n"
+    code = ("from carma_lib.synonyms.replacement import replace_all\n"
             f"for done in replace_all({SENTENCES!r}, rate=0.4, seed=1): print(done)")
     outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                               env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("0", "1")}
@@ -241,8 +241,8 @@ def test_controlled_lexicon_is_a_source():
         new = [change for change in done.changes if change.before not in ("a", "an")]
         assert [change.before for change in new] == words[start:start + 6]
         assert all(change.after in source[change.before] for change in new)
-    code = ("from carma_lib import lexicon; lexicon.wordnet = None\n"
-            "from carma_lib.perturbation import replace_synonyms as replace\n"
+    code = ("import carma_lib.synonyms.wordnet as lexicon; lexicon.wordnet = None\n"
+            "from carma_lib.synonyms.replacement import replace_synonyms as replace\n"
             "source = {'dogs': ['hounds']}\n"
             "print(replace('Old dogs zorblaxed.', rate=1, seed=0, source=source, forbidden='pup').text)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file
 from small_pretrained import save_small_pretrained, training_texts
 
-from carma_lib import experiment
-from carma_lib.evaluation import Conditions, drift_of_cell, evaluate_cell
-from carma_lib.experiment import Cell, fine_tune, fine_tune_in_processes, make_starts, read_histories, train_cells
+from carma_lib.lab import experiment
+from carma_lib.lab.evaluate import Conditions, drift_of_cell, evaluate_cell
+from carma_lib.lab.experiment import Cell, fine_tune, fine_tune_in_processes, make_starts, read_histories, train_cells
 from carma_lib.files import read_json
-from carma_lib.memory import NotEnoughMemory
-from carma_lib.results import read_results
-from carma_lib.settings import fill
-from carma_lib.tables import beside_published, paper_table
+from carma_lib.lab.memory import NotEnoughMemory
+from carma_lib.stats.table import read_results
+from carma_lib.lab.settings import fill
+from carma_lib.report.tables import beside_published, paper_table
 from carma_lib.tasks import build_task, load_task
 
 TASK, KIND, SMALL_TASK = "wordnet_inverse_dictionary", "inverse_dictionary", "controlled_sentiment"
@@ -167,7 +167,7 @@ def test_an_error_in_a_process_is_told_in_one_line(run, starts, monkeypatch):
 
 
 def test_too_little_memory_is_refused_before_a_step(run, starts, monkeypatch):
-    from carma_lib import memory
+    from carma_lib.lab import memory
 
     monkeypatch.setattr(memory, "available_memory", lambda: (10_000, "in memory"))
     with pytest.raises(NotEnoughMemory, match="0.0 GiB are free in memory, so it does not fit; no other settings do"):

@@ -9,10 +9,11 @@ import pytest
 from made_results import made_results
 from nbclient import NotebookClient
 
-from carma_lib import figures, tables
-from carma_lib.comparisons import primary_comparisons
-from carma_lib.report import formulas_to_pictures, write_report
-from carma_lib.statistics import summarise
+from carma_lib.report import plots as figures
+from carma_lib.report import tables
+from carma_lib.stats.claims import primary_comparisons
+from carma_lib.report.page import formulas_to_pictures, write_report
+from carma_lib.stats.metrics import summarise
 
 PAIR = {"method": "carma", "baseline": "fine_tuning"}
 PLAN = [

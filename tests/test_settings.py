@@ -4,7 +4,7 @@ import torch
 
 from carma_lib.losses import CarmaConfig
 from carma_lib.models import ModelNotFound, small_model, train_tokenizer
-from carma_lib.settings import Settings, fill
+from carma_lib.lab.settings import Settings, fill
 
 OPEN = dict(seeds=[], steps={}, epochs=0, batch_size=-1, learning_rate=-1, warmup_steps=-1, carma_weight=-1,
             mi_weight=-1, stability_weight=-1, mi_layers=[], stability_layers=[])

@@ -12,11 +12,12 @@ from statsmodels.stats.contingency_tables import mcnemar as exact_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from carma_lib import inference, statistics
-from carma_lib.comparisons import power_table, primary_comparisons
-from carma_lib.inference import NotComparable
-from carma_lib.intervals import critical_value, crossed_interval, cv_interval, tail_probability
-from carma_lib.results import ResultsError, check_results, read_results, write_results
+from carma_lib.stats import inference
+from carma_lib.stats import metrics as statistics
+from carma_lib.stats.claims import power_table, primary_comparisons
+from carma_lib.stats.inference import NotComparable
+from carma_lib.stats.intervals import critical_value, crossed_interval, cv_interval, tail_probability
+from carma_lib.stats.table import ResultsError, check_results, read_results, write_results
 
 PAIR = {"method": "carma", "baseline": "fine_tuning"}
 CLEAN = {"condition": "clean"}

@@ -8,11 +8,11 @@ import pytest
 from scipy import stats
 
 from carma_lib.losses import CarmaConfig
-from carma_lib.results import RESULT_COLUMNS, ResultsError, check_results
-from carma_lib.study import is_done, prepare, run_cell, run_cells
-from carma_lib.study_plan import (ALTERNATIVES, TRIALS, Design, Recipe, StudyCell, carma_of, design_from, read_plan,
+from carma_lib.stats.table import RESULT_COLUMNS, ResultsError, check_results
+from carma_lib.lab.study import is_done, prepare, run_cell, run_cells
+from carma_lib.lab.study_plan import (ALTERNATIVES, TRIALS, Design, Recipe, StudyCell, carma_of, design_from, read_plan,
                                   recipe_from, strength_of, write_plan)
-from carma_lib.study_tables import (best_trials, cells_of, chosen_rates, chosen_strengths, curve_summary,
+from carma_lib.lab.study_tables import (best_trials, cells_of, chosen_rates, chosen_strengths, curve_summary,
                                     paired_differences, read_answers, read_cells)
 
 RECIPE = Recipe(budgets=(3, 5), batch_size=8, warmup_steps=1, base_steps=3, validation_items=30, test_items=24,
@@ -142,12 +142,12 @@ def test_a_study_from_one_start_has_all_its_blocks():
 
 def test_the_adversary_is_no_kinder_than_one_replacement(study, work):
     """Of its tries the one with the highest loss: never below what each try alone gives."""
-    from carma_lib.evaluation import answers
+    from carma_lib.lab.evaluate import answers
     from carma_lib.models import load_model
-    from carma_lib.perturbation import replace_all
-    from carma_lib.study import _rows, _text_prompts, _tokenizer, make_base
-    from carma_lib.tasks.controlled import controlled_synonyms
-    import carma_lib.study as module
+    from carma_lib.synonyms.replacement import replace_all
+    from carma_lib.lab.study import _rows, _text_prompts, _tokenizer, make_base
+    from carma_lib.tasks.controlled.lexicon import controlled_synonyms
+    import carma_lib.lab.study as module
 
     model, _ = load_model(str(make_base(work, 1, 2, 16, RECIPE)))
     changed = module._changed_answers(work, CELL, RECIPE, model)

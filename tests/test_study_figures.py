@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from carma_lib.figures import METHOD_COLOURS
-from carma_lib.study_figures import accuracy_by_budget, differences, measure_against_accuracy, measure_by_layer
+from carma_lib.report.plots import METHOD_COLOURS
+from carma_lib.report.study_plots import accuracy_by_budget, differences, measure_against_accuracy, measure_by_layer
 
 
 def curves():

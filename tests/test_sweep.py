@@ -19,13 +19,13 @@ from carma_lib.__main__ import SWEEP_EPILOG, build_parser, main
 from carma_lib.files import read_json
 from carma_lib.manifest import RunError
 from carma_lib.models import small_model, train_tokenizer
-from carma_lib.results import read_results
-from carma_lib.sweep import SweepEnd, plan_text, run_sweep
-from carma_lib.sweep_estimate import check_disk, estimate, weights_of
-from carma_lib.sweep_executors import (LocalExecutor, WorkerLost, default_workers, gpu_groups, gpus, open_executor,
+from carma_lib.stats.table import read_results
+from carma_lib.lab.sweep import SweepEnd, plan_text, run_sweep
+from carma_lib.lab.sweep_estimate import check_disk, estimate, weights_of
+from carma_lib.lab.sweep_executors import (LocalExecutor, WorkerLost, default_workers, gpu_groups, gpus, open_executor,
                                        sharing, slurm_cluster)
-from carma_lib.sweep_plan import read_sweep
-from carma_lib.sweep_worker import Outcome, finished, locked, log_path, read_log
+from carma_lib.lab.sweep_plan import read_sweep
+from carma_lib.lab.sweep_worker import Outcome, finished, locked, log_path, read_log
 from carma_lib.tasks import build_task, read_card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,13 +236,13 @@ def test_data_are_made_as_the_file_says_and_anew_where_it_says_otherwise(tmp_pat
             assert read_card(sweep.run_dir / "data" / SENTIMENT)["parameters"]["seed"] == seed
             assert "1 cells: 1 done, 0 open" in plan_text(sweep, workers=1)
     assert [line["state"] for line in read_log(log_path(usual.jobs[0]))] == ["begun", "done"] * 2
-    monkeypatch.setattr("carma_lib.sweep_estimate.RULES_VERSION", 0)
+    monkeypatch.setattr("carma_lib.lab.sweep_estimate.RULES_VERSION", 0)
     assert "1 cells: 0 done, 1 open" in plan_text(usual, workers=1), "data by other rules are made anew too"
 
 
 def test_trainings_that_share_a_device_must_fit_together(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("carma_lib.sweep_worker.check_memory", lambda *_, workers, **__: asked.append(workers))
+    monkeypatch.setattr("carma_lib.lab.sweep_worker.check_memory", lambda *_, workers, **__: asked.append(workers))
     with ThreadPoolExecutor(1) as executor:
         run_sweep(sweep_of(tmp_path, "three", seeds=[1, 2, 3]), executor, sharing=2)
         run_sweep(sweep_of(tmp_path, "one"), executor, sharing=2)
@@ -251,7 +251,7 @@ def test_trainings_that_share_a_device_must_fit_together(tmp_path, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
         assert [sharing(workers=4), sharing(), sharing(scheduler="tcp://127.0.0.1:9")] == found
     assert sharing(workers=3, gpus_each=2) == 3, "one group of two, and one GPU left over"
-    monkeypatch.setattr("carma_lib.sweep.run_sweep",
+    monkeypatch.setattr("carma_lib.lab.sweep.run_sweep",
                         lambda *_, sharing, **__: asked.append(sharing) or SweepEnd(tmp_path, {}))
     assert main(["sweep", str(tmp_path / "one.yml"), "--workers", "9"]) == 0 and asked[-1] == 3
 
@@ -294,7 +294,7 @@ def test_a_full_disk_stops_the_sweep_in_one_line(tmp_path):
 
 def test_a_full_disk_elsewhere_is_named(tmp_path, monkeypatch):
     reason = "OSError: the disk is full while loading 'gpt2': free space, or set HF_HOME to a folder on another disk"
-    monkeypatch.setattr("carma_lib.sweep.prepare", lambda *_: Outcome("failed", 0.0, reason, "", disk_full=True))
+    monkeypatch.setattr("carma_lib.lab.sweep.prepare", lambda *_: Outcome("failed", 0.0, reason, "", disk_full=True))
     with ThreadPoolExecutor(1) as executor, pytest.raises(RunError, match="unless this names another: .* set HF_HOME"):
         run_sweep(sweep_of(tmp_path), executor)
 
@@ -391,12 +391,12 @@ def test_fewer_gpus_than_a_training_wants_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_worker_chooses_its_gpu_before_torch_is_loaded():
-    code = "import sys, carma_lib.sweep_executors; sys.exit('torch' in sys.modules or 'distributed' in sys.modules)"
+    code = "import sys, carma_lib.lab.sweep_executors; sys.exit('torch' in sys.modules or 'distributed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_scheduler_that_is_not_there_and_dask_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr("carma_lib.sweep_executors.CONNECT_SECONDS", 1)
+    monkeypatch.setattr("carma_lib.lab.sweep_executors.CONNECT_SECONDS", 1)
     for address in ("tcp://127.0.0.1:9", "nonsense://x"):
         with pytest.raises(RunError, match=f"no Dask scheduler answers at {address}; start one with"):
             with open_executor(scheduler=address):

@@ -15,10 +15,10 @@ import yaml
 from distributed import LocalCluster
 
 from carma_lib.files import read_json, write_json
-from carma_lib.results import read_results
-from carma_lib.sweep import run_sweep
-from carma_lib.sweep_executors import open_executor
-from carma_lib.sweep_worker import log_path, read_log
+from carma_lib.stats.table import read_results
+from carma_lib.lab.sweep import run_sweep
+from carma_lib.lab.sweep_executors import open_executor
+from carma_lib.lab.sweep_worker import log_path, read_log
 from test_sweep import SENTIMENT, kill_one_at_work, sweep_of, wait_for
 
 GRID = dict(tasks=[SENTIMENT], methods=["fine_tuning", "carma"], seeds=[1, 2, 3],
@@ -60,8 +60,8 @@ def cluster(tmp_path):
 
 
 def test_a_cluster_without_workers_is_waited_for_and_told_of(monkeypatch, capsys):
-    monkeypatch.setattr("carma_lib.sweep_executors.LOOK_SECONDS", 0.1)
-    monkeypatch.setattr("carma_lib.sweep_executors.QUIET_SECONDS", 2)
+    monkeypatch.setattr("carma_lib.lab.sweep_executors.LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("carma_lib.lab.sweep_executors.QUIET_SECONDS", 2)
     heard = []
 
     def lines(count):

@@ -14,9 +14,9 @@ from tiny import FAMILIES, TEXTS, byte_level_tokenizer, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 from transformers import Trainer, TrainingArguments
 
-from carma_lib.collation import Collator, encode, encode_text
+from carma_lib.collate import Collator, encode, encode_text
 from carma_lib.losses import CarmaConfig, CarmaLoss
-from carma_lib.training import CarmaTrainer, KeptHiddenStates, decoder_blocks
+from carma_lib.trainer import CarmaTrainer, KeptHiddenStates, decoder_blocks
 
 CARMA = CarmaConfig(
     carma_weight=0.4,

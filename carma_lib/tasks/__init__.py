@@ -18,9 +18,9 @@ import datasets
 
 from carma_lib.files import fingerprint
 from carma_lib.tasks import sst, wordnet
-from carma_lib.tasks.controlled import load_lexicon
-from carma_lib.tasks.controlled_definitions import inverse_dictionary_rows
-from carma_lib.tasks.controlled_opinions import sentiment_rows
+from carma_lib.tasks.controlled.lexicon import load_lexicon
+from carma_lib.tasks.controlled.definitions import inverse_dictionary_rows
+from carma_lib.tasks.controlled.opinions import sentiment_rows
 from carma_lib.tasks.schema import FEATURES, DataNotFound, TaskRows, is_current, read_card, save_rows
 
 __all__ = ["FEATURES", "TASKS", "DataNotFound", "Task", "TaskRows", "build_task", "load_task", "read_card",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from carma_lib import lexicon
+from carma_lib.synonyms import wordnet as lexicon
 from carma_lib.tasks.schema import DataNotFound, TaskRows, shuffle_held_out
 
 SPLIT_KEYS = {"row": None, "synset": "definition", "headword": "lemma"}

@@ -1,0 +1,1 @@
+"""The laboratory: cells, recipes, plans, training, evaluation, measures, and the one function that runs them."""

@@ -1,0 +1,46 @@
+"""One training in several processes, one GPU each: `torchrun --nproc-per-node N -m carma_lib.lab.distributed JOB.json`.
+
+Weights, gradients and optimizer state are sharded (FSDP). `experiment.fine_tune_in_processes` writes the job
+and starts this; `accelerate launch --num_processes N -m carma_lib.lab.distributed JOB.json` does as well.
+"""
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from carma_lib.lab.experiment import Cell, fine_tune
+from carma_lib.files import read_json
+from carma_lib.losses import CarmaConfig
+from carma_lib.lab.settings import Settings
+
+
+def main(job_file: str) -> None:
+    """Train the cell of a job file {run_dir, cell, settings, parent}; ends when the parent process does."""
+    job = read_json(job_file)
+    if job is None:
+        raise SystemExit(f"no job in {job_file}")
+    threading.Thread(target=_end_with, args=(job["parent"],), daemon=True).start()
+    settings = Settings(**{**job["settings"], "carma": CarmaConfig(**job["settings"]["carma"])})
+    try:
+        fine_tune(Path(job["run_dir"]), Cell(**job["cell"]), settings)
+    except Exception as error:
+        Path(job_file).with_name("error.txt").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        raise
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _end_with(parent: int) -> None:
+    while psutil.pid_exists(parent):
+        time.sleep(2)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

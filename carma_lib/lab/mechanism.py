@@ -1,0 +1,126 @@
+"""What a model's hidden states look like: information between a word's tokens, sums of parts, linear read-outs.
+
+Layer l is block l's output (the last one after the final norm), −1 what enters block 0. The states of an item are
+those at the prompt's last position, where the answer is read.
+"""
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from carma_lib.losses import mutual_information_loss
+from carma_lib.pooling import evaluation_mode
+from carma_lib.synonyms.tagging import is_content, tagged_words
+
+Batch = dict[str, torch.Tensor]
+NEGATIVES = 5  # a fixed number, so that the bound has one ceiling, ln 6
+RIDGE = 1.0  # penalty of both linear fits, on parts that are 0 or 1 and on states of unit mean square
+FOLDS = 5
+
+
+@torch.no_grad()
+def token_mutual_information(model: torch.nn.Module, batches: Iterable[Batch]) -> list[float]:
+    """ln(1 + k) − L_MI by layer, in nats: a lower bound of the information between two tokens of one word.
+
+    k = 5 negatives of the same text, drawn with one fixed seed; cosine similarity, temperature 0.1. Bounded by
+    ln 6 ≈ 1.79; 0 or less, and then no bound at all, where a word's tokens are no more alike than any two
+    (InfoNCE: arXiv 1807.03748, section 2.3).
+    Mean over batches, weighted by their pairs of tokens. Layers −1, 0, …; `ValueError` without a word of two tokens.
+    """
+    totals, pairs = 0.0, 0
+    with evaluation_mode(model):
+        for batch in batches:
+            ids = batch["constituent_ids"]
+            same = (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] >= 0)
+            number = int(same.triu(1).sum())
+            if not number:
+                continue
+            losses = [mutual_information_loss([states], ids, batch["attention_mask"], num_negatives=NEGATIVES,
+                                              generator=torch.Generator().manual_seed(0)).item()
+                      for states in _hidden_states(model, batch)]
+            totals, pairs = totals + number * np.array(losses), pairs + number
+    if not pairs:
+        raise ValueError("no word of two tokens in these texts: there is no pair to measure")
+    return (math.log(1 + NEGATIVES) - totals / pairs).tolist()
+
+
+@torch.no_grad()
+def final_states(model: torch.nn.Module, batches: Iterable[Batch], places: Iterable[Sequence[int]]) -> np.ndarray:
+    """The blocks' outputs at the last position, (blocks, items, width), items in the order of their places."""
+    parts, order = [], []
+    with evaluation_mode(model):
+        for batch, some in zip(batches, places, strict=True):
+            parts.append(torch.stack([states[:, -1].double() for states in _hidden_states(model, batch)[1:]]))
+            order.extend(some)
+    return torch.cat(parts, dim=1)[:, np.argsort(order)].numpy()
+
+
+def part_matrix(texts: Sequence[str], synonyms: Mapping[str, Sequence[str]], *, least: int = 5) -> np.ndarray:
+    """Items × parts, 1 where a text holds a content word or a synonym of it; parts of `least` texts or more."""
+    words = [{min(form, *synonyms.get(form, [form])) for form in
+              (word.form.lower() for word in tagged_words(text) if is_content(word))} for text in texts]
+    counts = Counter(word for some in words for word in some)
+    parts = sorted(word for word, count in counts.items() if least <= count <= len(texts) - least)
+    return np.array([[float(part in some) for part in parts] for some in words]).reshape(len(texts), len(parts))
+
+
+def additive_structure(states: np.ndarray, parts: np.ndarray) -> tuple[float, float]:
+    """How near the states come to a sum of one vector a part: (variance explained, mean |cosine| of parts).
+
+    Model: h = v₀ + Σ over the item's parts v_p, fitted by ridge regression. Variance explained is
+    1 − Σ‖h − ĥ‖² / Σ‖h − mean‖² on items left out (five folds in turn, by position), at most 1. The mean
+    |cosine| is over all pairs of fitted v_p: 0 where parts are orthogonal; random vectors of width D give
+    about √(2 / (π D)).
+
+    states (items, width); parts (items, parts), 0 or 1. `ValueError`: fewer than two parts or ten items.
+    """
+    if parts.shape[1] < 2 or len(states) < 2 * FOLDS:
+        raise ValueError(f"{parts.shape[1]} parts in {len(states)} texts; give at least 2 parts and {2 * FOLDS} texts")
+    states = _scaled(states)
+    fold, missed = np.arange(len(states)) % FOLDS, 0.0
+    for left_out in range(FOLDS):
+        fitted = _ridge(parts[fold != left_out], states[fold != left_out])
+        missed += np.square(states[fold == left_out] - fitted(parts[fold == left_out])).sum()
+    explained = 1 - missed / np.square(states - states.mean(axis=0)).sum()
+    vectors = _ridge(parts, states)(np.eye(parts.shape[1])) - _ridge(parts, states)(np.zeros((1, parts.shape[1])))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+    cosines = np.abs(unit @ unit.T)[np.triu_indices(len(unit), 1)]
+    return float(explained), float(cosines.mean())
+
+
+def read_out_accuracy(states: np.ndarray, targets: Sequence[str], others: np.ndarray,
+                      other_targets: Sequence[str]) -> float:
+    """Share of `others` whose target a linear read-out fitted on (states, targets) names: its transfer.
+
+    One ridge regression a target on indicators; the largest output is the answer.
+    """
+    names = sorted(set(targets))
+    indicators = np.array([[float(target == name) for name in names] for target in targets])
+    scale, middle = _scale(states), states.mean(axis=0)
+    outputs = _ridge((states - middle) / scale, indicators)((others - middle) / scale)
+    return float(np.mean([names[place] == target for place, target in zip(outputs.argmax(axis=1), other_targets)]))
+
+
+def _scale(states: np.ndarray) -> float:
+    return float(np.sqrt(np.square(states - states.mean(axis=0)).mean())) or 1.0
+
+
+def _scaled(states: np.ndarray) -> np.ndarray:
+    return (states - states.mean(axis=0)) / _scale(states)
+
+
+def _ridge(inputs: np.ndarray, outputs: np.ndarray):
+    """The linear fit outputs ≈ a + inputs · B with penalty RIDGE on B, as a function of new inputs."""
+    centre, mean = inputs.mean(axis=0), outputs.mean(axis=0)
+    centred = inputs - centre
+    weights = np.linalg.solve(centred.T @ centred + RIDGE * np.eye(inputs.shape[1]), centred.T @ (outputs - mean))
+    return lambda new: mean + (new - centre) @ weights
+
+
+def _hidden_states(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
+    wanted = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    return model(**wanted, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states

@@ -1,0 +1,264 @@
+"""Run a plan: the notebooks in order through papermill, one run folder, one report.
+
+A run folder holds `status.json`, executed copies in `notebooks/`, and whatever the notebooks make. It belongs
+to one set of parameters and one state of the code; `--resume` skips notebooks that are done.
+"""
+from __future__ import annotations
+
+import _thread
+import errno
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # no such lock on Windows
+    fcntl = None
+
+from carma_lib.files import read_json, whole_file, write_json
+from carma_lib.manifest import MANIFEST, Notebook, Plan, RunError, make_plan, project_root, run_folder, source_of
+
+__all__ = ["check_run_folder", "execute", "project_root", "publish", "run_folder", "tidy_notebook", "versions"]
+
+
+def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
+    """Run the plan and return the report's path; raises `RunError` at the first failure.
+
+    resume: skip the notebooks that are done with the same parameters and code.
+    fresh: throw away what an earlier run left in the folder.
+    """
+    from carma_lib.report.page import write_report
+
+    with _only_run_in(plan.run_dir):
+        status = _open_status(plan, resume=resume, fresh=fresh)
+        for number, notebook in enumerate(plan.notebooks, start=1):
+            entry = status["notebooks"][notebook.name]
+            label = f"[{number}/{len(plan.notebooks)}] {notebook.name}"
+            if entry["state"] == "done" and _makes_present(plan, notebook):
+                print(f"{label}: done before, skipped", flush=True)
+                continue
+            print(f"{label}: running", flush=True)
+            _run_one(plan, notebook, status)
+            print(f"{label}: done in {entry['seconds']:.0f} s", flush=True)
+        copies = [plan.run_dir / "notebooks" / f"{notebook.name}.ipynb" for notebook in plan.notebooks]
+        return write_report(plan.run_dir, notebooks=copies, title=f"CARMA: profile {plan.profile}")
+
+
+@contextmanager
+def _only_run_in(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder for this process; the system lets go when the process ends, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / "lock", "a+", encoding="utf-8") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{run_dir} is in use by another run; wait for it, or give another --run-dir") from None
+        yield
+
+
+def check_run_folder(plan: Plan, *, resume: bool, fresh: bool) -> None:
+    """`RunError` where the run folder holds something that this run may neither go on with nor throw away."""
+    status = read_json(plan.run_dir / "status.json")
+    if status is None:
+        if plan.run_dir.is_dir() and any(path.name != "lock" for path in plan.run_dir.iterdir()):
+            raise RunError(f"{plan.run_dir} holds files but no run of this runner; give another --run-dir, "
+                           "or empty it yourself")
+        return
+    if not (resume or fresh):
+        raise RunError(f"{plan.run_dir} already holds a run; add --resume to go on with it, --fresh to start anew")
+    done = {name: entry for name, entry in status["notebooks"].items()
+            if entry["state"] == "done" and name in plan.parameters}
+    for name, entry in done.items() if resume else ():
+        old, new = entry["parameters"], plan.parameters[name]
+        if old != new:
+            keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+            raise RunError(f"{plan.run_dir} holds a run with other parameters ({name}: {', '.join(keys)}); "
+                           "give another --run-dir, or --fresh to start anew")
+        if entry["fingerprint"] != plan.fingerprints[name]:
+            raise RunError(f"{plan.run_dir} was made by another state of the code or notebooks (first: {name}); "
+                           "--fresh starts anew, another --run-dir keeps both")
+
+
+def _open_status(plan: Plan, *, resume: bool, fresh: bool) -> dict[str, Any]:
+    check_run_folder(plan, resume=resume, fresh=fresh)
+    status = read_json(plan.run_dir / "status.json")
+    if status is None or fresh:
+        for path in plan.run_dir.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        status = {"profile": plan.profile, "notebooks": {}}
+    for name, mark in plan.fingerprints.items():
+        if status["notebooks"].get(name, {}).get("state") != "done":
+            status["notebooks"][name] = {"state": "waiting", "fingerprint": mark,
+                                         "parameters": plan.parameters[name]}
+    write_json(plan.run_dir / "status.json", status)
+    return status
+
+
+def _absent(plan: Plan, patterns: Iterable[str]) -> list[str]:
+    """The patterns that nothing whole in the run folder fits; hidden names are files half written."""
+    return [pattern for pattern in patterns
+            if not any(all(not part.startswith(".") for part in path.relative_to(plan.run_dir).parts)
+                       for path in plan.run_dir.glob(pattern))]
+
+
+def _makes_present(plan: Plan, notebook: Notebook) -> bool:
+    return not _absent(plan, notebook.makes)
+
+
+def _run_one(plan: Plan, notebook: Notebook, status: dict[str, Any]) -> None:
+    import papermill
+    from nbclient.exceptions import CellTimeoutError
+
+    entry = status["notebooks"][notebook.name]
+    missing = _absent(plan, notebook.needs)
+    if missing:
+        raise RunError(f"{notebook.name} needs {missing[0]} in {plan.run_dir}, which is not there; "
+                       "run the notebooks before it")
+
+    def record(state: str, **facts: Any) -> None:
+        entry.update(state=state, seconds=round(time.monotonic() - started, 1), **facts)
+        write_json(plan.run_dir / "status.json", status)
+
+    started = time.monotonic()
+    record("running")
+    copy = plan.run_dir / "notebooks" / f"{notebook.name}.ipynb"
+    failed = copy.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
+    out_of_time = threading.Event()
+    watch = threading.Timer(notebook.total_seconds, lambda: (out_of_time.set(), _thread.interrupt_main()))
+    watch.daemon = True
+    with whole_file(copy) as temporary:
+        watch.start()
+        try:
+            papermill.execute_notebook(
+                str(notebook.path), str(temporary), parameters=plan.parameters[notebook.name],
+                kernel_name="python3", cwd=str(notebook.path.parent.parent), progress_bar=True,
+                stdout_file=sys.stdout, stderr_file=sys.stderr, execution_timeout=notebook.cell_seconds,
+                config=_kernel_config())
+        except BaseException as error:
+            tidy_notebook(temporary)
+            temporary.replace(failed)
+            if isinstance(error, KeyboardInterrupt) and not out_of_time.is_set():
+                record("interrupted")
+                raise
+            where, why = _failure(error, notebook, out_of_time.is_set(), isinstance(error, CellTimeoutError))
+            record("failed", error=f"{where}: {why}")
+            raise RunError(f"{notebook.name}, {where}: {why}\n  executed so far: {failed}") from error
+        finally:
+            watch.cancel()
+        tidy_notebook(temporary)
+    if not _makes_present(plan, notebook):
+        record("failed", error="it ran, but did not make what the manifest says")
+        raise RunError(f"{notebook.name} ran, but did not make {', '.join(notebook.makes)} in {plan.run_dir}")
+    record("done")
+
+
+def _kernel_config() -> Any:
+    """Kernels talk over local sockets where there are such: no open port, and no warning about one.
+
+    Nor do they warn that bars are text for want of widgets.
+    """
+    from traitlets.config import Config
+
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # kernels inherit it
+    if os.name != "posix":
+        return Config()
+    return Config({"KernelManager": {"transport": "ipc", "ip": f"{tempfile.gettempdir()}/carma-{os.getpid()}"}})
+
+
+def wait_for_kernels(seconds: float = 20) -> None:
+    """Let interrupted kernels and their workers end, so that what they still print comes before our last line."""
+    import psutil
+
+    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=seconds)
+
+
+def _failure(error: BaseException, notebook: Notebook, out_of_time: bool, cell_timeout: bool) -> tuple[str, str]:
+    """Where and why a notebook stopped, each in a few words."""
+    import papermill
+
+    if out_of_time:
+        return "total time", f"not done after {notebook.total_seconds} s; raise total_seconds in {MANIFEST}"
+    if cell_timeout:
+        return "cell time", f"a cell ran longer than {notebook.cell_seconds} s; raise cell_seconds in {MANIFEST}"
+    if isinstance(error, papermill.PapermillExecutionError):
+        why = f"{error.ename}: {error.evalue}"
+        return f"cell [{error.exec_count}]", why + if_full(why)
+    return "while running", f"{type(error).__name__}: {error}{if_full(str(error))}"
+
+
+def if_full(message: str) -> str:
+    """What to do, where the message of an error tells of a full disk; else nothing."""
+    full = os.strerror(errno.ENOSPC) in message
+    return "; free space and go on with --resume, or give a --run-dir on another disk" if full else ""
+
+
+def tidy_notebook(path: Path) -> None:
+    """Drop progress bars, widget state and papermill's own records; join streams that papermill cut in pieces."""
+    import nbformat
+
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (OSError, ValueError):  # nothing was written yet
+        return
+    notebook.metadata = {key: value for key, value in notebook.metadata.items()
+                         if key in ("kernelspec", "language_info")}
+    for cell in notebook.cells:
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        if cell.cell_type != "code":
+            continue
+        outputs: list[Any] = []
+        for output in cell.outputs:
+            if output.output_type == "stream":
+                if output.name == "stderr" and ("\r" in output.text or "IProgress not found" in output.text):
+                    continue
+                if outputs and outputs[-1].output_type == "stream" and outputs[-1].name == output.name:
+                    outputs[-1].text += output.text
+                    continue
+            outputs.append(output)
+        cell.outputs = [output for output in outputs
+                        if not (output.output_type == "stream" and not output.text.strip())]
+    nbformat.write(notebook, path)
+
+
+def publish() -> list[Path]:
+    """Copy the executed notebooks of the finished default run into `notebooks/`, all or none.
+
+    Raises `RunError` if a notebook is not done, or it or the library has changed since.
+    """
+    plan = make_plan("default")
+    status = read_json(plan.run_dir / "status.json") or {"notebooks": {}}
+    copies = {notebook: plan.run_dir / "notebooks" / f"{notebook.name}.ipynb" for notebook in plan.notebooks}
+    for notebook, copy in copies.items():
+        entry = status["notebooks"].get(notebook.name, {})
+        if entry.get("state") != "done":
+            raise RunError(f"{notebook.name} is not done in {plan.run_dir}; finish the run first")
+        if entry["fingerprint"] != plan.fingerprints[notebook.name] or source_of(copy) != source_of(notebook.path):
+            raise RunError(f"{notebook.name} or the library has changed since the run in {plan.run_dir}; "
+                           "run it again")
+    for notebook, copy in copies.items():
+        with whole_file(notebook.path) as temporary:
+            temporary.write_bytes(copy.read_bytes())
+    return [notebook.path for notebook in copies]
+
+
+def versions() -> str:
+    """The machine and the versions a notebook was run with, in one line."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, no GPU"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets", "pandas"))
+    return f"{device}; Python {platform.python_version()}, {packages}"

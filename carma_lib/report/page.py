@@ -1,0 +1,121 @@
+"""One HTML page of a run: the answer in five sentences, its claims, tables and the executed notebooks.
+
+The page stands alone: pictures, style and formulas are inside it, and it asks the network for nothing.
+"""
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+from pathlib import Path
+from typing import Iterable
+
+import jinja2
+import nbformat
+import pandas as pd
+from matplotlib.font_manager import FontProperties
+from matplotlib.mathtext import math_to_image
+from nbconvert import HTMLExporter
+from pygments.formatters import HtmlFormatter
+
+from carma_lib.files import whole_file
+from carma_lib.report.tables import answer, claim_rows
+
+TEMPLATE = Path(__file__).parent / "template"
+#: Made by the statistics notebook; the answer, the table of claims and the picture come from these.
+CLAIMS, PICTURE = Path("tables/primary_comparisons.csv"), Path("figures/primary_comparisons.png")
+PICTURE_TEXT = ("The primary comparisons: estimates and 95 % intervals over seeds and items. Filled marks: "
+                "p below 0.05 after Holm's correction; dotted marks: the margin of non-inferiority.")
+ROWS_SHOWN = 60
+_CODE = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]*`)", re.S)
+_MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)", re.S)
+
+_REMOTE_IMAGE = re.compile(r"!\[([^\]]*)\]\(https?:[^)]*\)")
+#: What matplotlib does not know and can do without.
+_SIZES = re.compile(r"\\[bB]igg?[lrm]?(?![a-zA-Z])")
+
+
+def write_report(run_dir: str | os.PathLike, *, notebooks: Iterable[str | os.PathLike], title: str) -> Path:
+    """Write report.html into the run folder from its tables/, figures/ and the executed notebooks; its path.
+
+    The answer comes from tables/primary_comparisons.csv; without it the page says that there is no answer
+    yet. Raises FileNotFoundError for a notebook that is not there.
+    """
+    run_dir = Path(run_dir)
+    claims = pd.read_csv(run_dir / CLAIMS) if (run_dir / CLAIMS).is_file() else None
+    columns, rows = claim_rows(claims) if claims is not None else ([], [])
+    picture = run_dir / PICTURE
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE), autoescape=True)
+    page = environment.from_string((TEMPLATE / "page.html.j2").read_text(encoding="utf-8")).render(
+        title=title, style=jinja2.filters.Markup(_style()), claim_columns=columns,
+        claims=[{"anchor": f"claim-{number}", "cells": cells} for number, cells in enumerate(rows, start=1)],
+        answer=_sentences(claims), picture_text=PICTURE_TEXT,
+        picture=_embedded(picture.read_bytes(), "png") if picture.is_file() else None,
+        tables=[_table(path) for path in sorted((run_dir / "tables").glob("*.csv"))],
+        notebooks=[_notebook(Path(path), number) for number, path in enumerate(notebooks, start=1)])
+    path = run_dir / "report.html"
+    with whole_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def _sentences(claims: pd.DataFrame | None) -> list[dict]:
+    if claims is None:
+        return [{"text": "This run has made no comparisons, so it has no answer yet."}]
+    return [{"text": text, "anchor": "claims" if number is None else f"claim-{number + 1}"}
+            for text, number in answer(claims)]
+
+
+def _style() -> str:
+    return (TEMPLATE / "style.css").read_text(encoding="utf-8") + HtmlFormatter().get_style_defs(".highlight")
+
+
+def _embedded(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _table(path: Path) -> dict:
+    try:
+        frame = pd.read_csv(path)
+    except pd.errors.EmptyDataError:
+        frame = pd.DataFrame()
+    more = f", the first {ROWS_SHOWN} shown" if len(frame) > ROWS_SHOWN else ""
+    return {"name": path.stem.replace("_", " "), "anchor": f"table-{path.stem}",
+            "note": f"{len(frame)} rows{more}; tables/{path.name}",
+            "html": frame.head(ROWS_SHOWN).to_html(index=False, border=0, na_rep="",
+                                                   float_format="{:.4g}".format)}
+
+
+def _notebook(path: Path, number: int) -> dict:
+    """An executed notebook as HTML: pictures inside, remote ones as their text, no progress bars (stderr)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no notebook at {path}; the report is made from executed copies")
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = formulas_to_pictures(_REMOTE_IMAGE.sub(r"\1", cell.source))
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    exporter = HTMLExporter(template_name=TEMPLATE.name, extra_template_basedirs=[str(TEMPLATE.parent)],
+                            embed_images=True, exclude_anchor_links=True)
+    body, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(path.parent)}})
+    return {"name": path.stem, "anchor": f"notebook-{number}", "html": body}
+
+
+def formulas_to_pictures(markdown: str) -> str:
+    """Markdown whose $…$ and $$…$$ are pictures set by matplotlib; what it cannot set stays as code."""
+    parts = _CODE.split(markdown)
+    return "".join(part if place % 2 else _MATH.sub(_formula, part) for place, part in enumerate(parts))
+
+
+def _formula(match: re.Match) -> str:
+    display, source = match[1] is not None, _SIZES.sub("", " ".join((match[1] or match[2]).split()))
+    picture = io.BytesIO()
+    try:
+        depth = math_to_image(f"${source}$", picture, format="svg", prop=FontProperties(size=12))
+    except ValueError:
+        return f"`{source}`"
+    place = 'class="equation"' if display else f'style="vertical-align:-{depth:.1f}pt"'
+    text, source = jinja2.filters.escape(source), _embedded(picture.getvalue(), "svg+xml")
+    return f'<img {place} alt="{text}" src="{source}">'

@@ -1,0 +1,1 @@
+"""Result table, metrics, intervals, tests and claims; knows tables only."""

@@ -1,0 +1,287 @@
+"""Metrics of the long result table, each with its interval. Knows tables only.
+
+Items are crossed with seeds: the same items are answered by every seed's model. A metric is, for each seed,
+a ratio of sums over items; its estimate is the mean of the seeds' ratios, and its interval asks how far that
+mean would move with other seeds *and* other items of the same kind (`intervals.crossed_interval`).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Callable, Iterator
+
+import numpy as np
+import pandas as pd
+
+from carma_lib.stats.intervals import crossed_interval, cv_interval
+
+RUN_COLUMNS = ["task", "split", "model", "start", "budget", "method"]
+CONDITION_COLUMNS = ["condition", "source", "rate", "start_layer", "depth_share", "protocol", "level"]
+CELL_COLUMNS = RUN_COLUMNS + CONDITION_COLUMNS
+
+Terms = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A ratio of sums over items: `terms(rows)` gives each row's numerator and denominator."""
+    definition: str
+    terms: Callable[[pd.DataFrame], Terms]
+    conditions: tuple[str, ...] = ("clean", "replaced", "pooled")
+    columns: tuple[str, ...] = ("correct",)
+    bounds: tuple[float, float] = (0.0, 1.0)
+    against_clean: bool = False
+    lower_is_better: bool = False
+
+
+def _share(column: Callable[[pd.DataFrame], np.ndarray]) -> Callable[[pd.DataFrame], Terms]:
+    return lambda rows: (np.asarray(column(rows), dtype=float), np.ones(len(rows)))
+
+
+def _kept(rows: pd.DataFrame) -> Terms:
+    before = rows["clean_correct"].to_numpy(float)
+    return before * rows["correct"].to_numpy(float), before
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric("share of the items answered right", _share(lambda rows: rows["correct"])),
+    "top_5": Metric("share of the items whose target is among the five most probable answers",
+                    _share(lambda rows: rows["rank"] <= 5), columns=("rank",)),
+    "mean_reciprocal_rank": Metric("mean of 1 / rank of the target", _share(lambda rows: 1 / rows["rank"]),
+                                   columns=("rank",)),
+    "mean_log_probability": Metric("mean natural logarithm of the target's probability",
+                                   _share(lambda rows: rows["log_probability"]),
+                                   columns=("log_probability",), bounds=(-np.inf, 0.0)),
+    "consist_syn": Metric("share of the items answered right that are still answered right after synonym "
+                          "replacement", _kept, ("replaced",), against_clean=True),
+    "accuracy_kept": Metric("share of the items answered right that are still answered right under pooling",
+                            _kept, ("pooled",), against_clean=True),
+    "agreement": Metric("share of the items that get the same answer, right or wrong, as without the change",
+                        _share(lambda rows: rows["clean_prediction"] == rows["prediction_code"]),
+                        ("replaced", "pooled"), ("correct", "prediction"), against_clean=True),
+    "pooling_drop": Metric("accuracy lost under pooling: clean accuracy minus pooled accuracy, in shares",
+                           _share(lambda rows: rows["clean_correct"] - rows["correct"].to_numpy(float)),
+                           ("pooled",), bounds=(-1.0, 1.0), against_clean=True, lower_is_better=True),
+}
+
+
+@dataclass
+class Crossed:
+    """Numerator and denominator of one cell of the design as matrices, seeds × items, with their labels."""
+    seeds: np.ndarray
+    items: np.ndarray
+    numerator: np.ndarray
+    denominator: np.ndarray
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def values(self) -> np.ndarray:
+        """Seeds × items: a row's mean is the seed's ratio, a row's spread is that of the ratio's linear form.
+
+        With r = Σ numerator / Σ denominator of the seed and d its mean denominator, an item's value is
+        r + (numerator - r · denominator) / d. For a plain share it is the item's 0 or 1.
+        """
+        mean = self.denominator.mean(axis=1, keepdims=True)
+        ratio = self.numerator.mean(axis=1, keepdims=True) / mean
+        return ratio + (self.numerator - ratio * self.denominator) / mean
+
+
+def require_columns(results: pd.DataFrame, columns: list[str]) -> None:
+    """ValueError where a column is absent or has missing values (`depth_share` may), or there are no rows."""
+    missing = [name for name in columns if name not in results.columns]
+    if missing:
+        raise ValueError(f"the table lacks the columns {missing}")
+    if results.empty:
+        raise ValueError("the table has no rows; check the filter before this call")
+    holes = [name for name in columns if name != "depth_share" and results[name].isna().any()]
+    if holes:
+        raise ValueError(f"missing values in the columns {holes}; read_results says in which rows")
+
+
+def _with_clean(results: pd.DataFrame, metric: Metric) -> pd.DataFrame:
+    """Rows of the metric's conditions, with the same run's, seed's and item's clean answer beside each."""
+    wanted = results["condition"].isin(metric.conditions).to_numpy()
+    if not wanted.any():
+        raise ValueError(f"no row with condition {' or '.join(metric.conditions)}; evaluate that first")
+    if not metric.against_clean:
+        return results if wanted.all() else results[wanted]
+    run = results.groupby([*RUN_COLUMNS, "seed"], observed=True).ngroup().to_numpy()
+    item, names = pd.factorize(results["item_id"])
+    key = run * len(names) + item
+    clean = (results["condition"] == "clean").to_numpy().nonzero()[0]
+    clean = clean[np.argsort(key[clean])]
+    rows = results[wanted]
+    place = np.searchsorted(key[clean], key[wanted]).clip(max=max(len(clean) - 1, 0))
+    found = key[clean][place] == key[wanted] if len(clean) else np.zeros(len(rows), bool)
+    if not found.any():
+        raise ValueError("no changed item has its clean answer; keep the rows of condition 'clean'")
+    added = {"clean_correct": np.where(found, results["correct"].to_numpy(float)[clean][place], np.nan)}
+    if "prediction" in metric.columns:
+        code = pd.factorize(results["prediction"])[0]
+        added |= {"clean_prediction": code[clean][place], "prediction_code": code[wanted]}
+    return rows.assign(**added)
+
+
+def cells(results: pd.DataFrame, metric: str) -> Iterator[tuple[dict, Crossed]]:
+    """Each cell of the design (task, split, model, start, budget, method, condition …) with its matrices.
+
+    Items that some seed of the cell did not answer are left out with a note, and so are seeds without any
+    item in the denominator. Two rows for one seed and item are an error.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; known are {list(METRICS)}")
+    chosen = METRICS[metric]
+    columns = [*CELL_COLUMNS, "seed", "item_id", *chosen.columns]
+    require_columns(results, columns)
+    rows = _with_clean(results[columns], chosen)
+    numerator, denominator = chosen.terms(rows)
+    if chosen.against_clean:
+        denominator = np.where(rows["clean_correct"].isna(), np.nan, denominator)
+    group = rows.groupby(CELL_COLUMNS, observed=True, dropna=False, sort=False).ngroup().to_numpy()
+    seed, (item, names) = rows["seed"].to_numpy(), pd.factorize(rows["item_id"])
+    order = np.argsort(group, kind="stable")
+    for index in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
+        key = rows.iloc[index[0]][CELL_COLUMNS].to_dict()
+        seeds, row = np.unique(seed[index], return_inverse=True)
+        items, column = np.unique(item[index], return_inverse=True)
+        filled = np.zeros((2, len(seeds), len(items))) * np.nan
+        filled[:, row, column] = numerator[index], denominator[index]
+        if np.bincount(row * len(items) + column).max() > 1:
+            raise ValueError(f"duplicate rows: an item twice for one seed in {key}; read each run once")
+        yield key, _complete(Crossed(seeds, names[items], *filled))
+
+
+def _complete(cell: Crossed) -> Crossed:
+    """The cell without items that a seed lacks and seeds whose denominator is zero, and notes on both."""
+    whole = np.isfinite(cell.denominator).all(axis=0)
+    if not whole.all():
+        cell.notes.append(f"{int((~whole).sum())} items not answered by every seed (or not clean) left out")
+    some = (cell.denominator[:, whole] > 0).any(axis=1)
+    if not some.any():
+        cell.notes.append("no item answered right before the change" if whole.any() else
+                          "no item answered by every seed")
+    elif not some.all():
+        cell.notes.append(f"seeds {', '.join(map(str, cell.seeds[~some]))} without a right item left out")
+    return Crossed(cell.seeds[some], cell.items[whole], cell.numerator[some][:, whole],
+                cell.denominator[some][:, whole], cell.notes)
+
+
+def summarise(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -> pd.DataFrame:
+    """One row a cell of the design: `CELL_COLUMNS`, metric, estimate, low, high, n_items, n_seeds, note.
+
+    `metric` is a key of `METRICS`, the interval is `crossed_interval`. The note says why an estimate is
+    empty.
+    """
+    lines = []
+    for key, cell in cells(results, metric):
+        used = int((cell.denominator > 0).any(axis=0).sum()) if cell.denominator.size else 0
+        line = key | {"metric": metric, "estimate": np.nan, "low": np.nan, "high": np.nan,
+                      "n_items": used, "n_seeds": len(cell.seeds)}
+        notes = cell.notes
+        if used:
+            found = crossed_interval(cell.values, confidence=confidence, bounds=METRICS[metric].bounds)
+            line |= {"estimate": found.estimate, "low": found.low, "high": found.high}
+            notes = [*notes, found.note]
+        lines.append(line | {"note": "; ".join(filter(None, notes))})
+    return pd.DataFrame(lines)
+
+
+def per_seed(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """One row a cell and seed: `CELL_COLUMNS`, seed, metric, value, n_items (those in the denominator).
+
+    A cell that `summarise` leaves empty has no row.
+    """
+    columns = [*CELL_COLUMNS, "seed", "metric", "value", "n_items"]
+    parts = [pd.DataFrame({**key, "seed": cell.seeds, "metric": metric, "value": cell.values.mean(axis=1),
+                           "n_items": (cell.denominator > 0).sum(axis=1)})
+             for key, cell in cells(results, metric) if len(cell.seeds)]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def accuracy(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
+    """Share of the items answered right, per cell, with its interval (see `summarise`)."""
+    return summarise(results, "accuracy", confidence=confidence)
+
+
+def consist_syn(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
+    """ConsistSyn: of the items a model got right, the share it still gets right after synonym replacement.
+
+    Per cell of condition 'replaced', with its interval (see `summarise`). DESIGN, Decisions taken: the
+    paper's own definition was not at hand; its code measures retention on the items right before the change.
+    """
+    return summarise(results, "consist_syn", confidence=confidence)
+
+
+def pooling_drop(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
+    """ΔA: clean accuracy minus accuracy under pooling, per start layer and protocol (see `summarise`)."""
+    return summarise(results, "pooling_drop", confidence=confidence)
+
+
+def coefficient_of_variation(results: pd.DataFrame, metric: str = "accuracy", *,
+                             confidence: float = 0.95) -> pd.DataFrame:
+    """CV = standard deviation (n - 1) over mean of a metric across seeds, per cell of the design.
+
+    The interval is `intervals.cv_interval`. It speaks of seeds on these items: the items are not resampled,
+    so the seeds' spread holds what chance answers on finitely many items add. DESIGN, Decisions taken: the
+    paper's own definition of CV was not at hand.
+    """
+    lines = []
+    for key, cell in cells(results, metric):
+        line = key | {"metric": f"cv_{metric}", "estimate": np.nan, "low": np.nan, "high": np.nan,
+                      "n_items": len(cell.items), "n_seeds": len(cell.seeds)}
+        notes = cell.notes
+        if cell.denominator.any():
+            found = cv_interval(cell.values.mean(axis=1), confidence=confidence)
+            line |= {"estimate": found.estimate, "low": found.low, "high": found.high}
+            notes = [*notes, found.note]
+        lines.append(line | {"note": "; ".join(filter(None, notes))})
+    return pd.DataFrame(lines)
+
+
+def _over_seeds(results: pd.DataFrame, metric: str, value: Callable[[pd.DataFrame], float],
+                confidence: float) -> pd.DataFrame:
+    """A metric that is no sum over items: one value a seed, Student's t interval over seeds alone."""
+    lines = []
+    for _, rows in results.groupby(CELL_COLUMNS, observed=True, dropna=False, sort=False):
+        values = np.array([[value(of_seed)] for _, of_seed in rows.groupby("seed")])
+        found = crossed_interval(values, confidence=confidence, bounds=(0.0, 1.0))
+        lines.append(rows.iloc[0][CELL_COLUMNS].to_dict() | {
+            "metric": metric, "estimate": found.estimate, "low": found.low, "high": found.high,
+            "n_items": rows["item_id"].nunique(), "n_seeds": len(values),
+            "note": "one seed: no interval" if len(values) == 1 else "interval over seeds only"})
+    return pd.DataFrame(lines)
+
+
+def macro_f1(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
+    """Mean over the targets' classes of F1 = 2 · hits / (targets + predictions), per cell.
+
+    A class that is no item's target has no part in the mean; predicting one counts against the true class
+    only.
+    """
+    require_columns(results, [*CELL_COLUMNS, "seed", "item_id", "target", "prediction"])
+
+    def score(rows: pd.DataFrame) -> float:
+        target, classes = pd.factorize(rows["target"])
+        prediction = classes.get_indexer(rows["prediction"])
+        hits, known = target[prediction == target], prediction[prediction >= 0]
+        count = [np.bincount(codes, minlength=len(classes)) for codes in (hits, target, known)]
+        return float((2 * count[0] / (count[1] + count[2])).mean())
+
+    return _over_seeds(results, "macro_f1", score, confidence)
+
+
+def expected_calibration_error(results: pd.DataFrame, *, bins: int = 10,
+                               confidence: float = 0.95) -> pd.DataFrame:
+    """ECE: Σ over bins of share of items · |accuracy - mean probability of the prediction|, per cell.
+
+    Needs the column `prediction_probability`, in [0, 1]; bins are of equal width.
+    """
+    require_columns(results, [*CELL_COLUMNS, "seed", "item_id", "correct", "prediction_probability"])
+    if not results["prediction_probability"].between(0, 1).all():
+        raise ValueError("prediction_probability must lie in [0, 1]")
+
+    def score(rows: pd.DataFrame) -> float:
+        sure, right = rows["prediction_probability"].to_numpy(float), rows["correct"].to_numpy(float)
+        place = np.minimum((sure * bins).astype(int), bins - 1)
+        return float(np.abs(np.bincount(place, right - sure)).sum() / len(rows))
+
+    return _over_seeds(results, "expected_calibration_error", score, confidence)

@@ -1,0 +1,130 @@
+"""The long result table: its columns, its checks, and Parquet on disk.
+
+A row is one item under one condition, answered by one model trained by one method from one seed.
+Every number of the notebooks comes from this table.
+"""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Iterable
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from carma_lib.files import whole_file
+
+#: Column → (type, meaning). Text columns are read as categories, because their values repeat.
+RESULT_COLUMNS: dict[str, tuple[str, str]] = {
+    "task": ("category", "name of the task, e.g. controlled_inverse_dictionary"),
+    "split": ("category", "name of the split the item is from"),
+    "item_id": ("category", "unique and stable name of the item"),
+    "target": ("category", "the right answer"),
+    "model": ("category", "name of the model"),
+    "method": ("category", "untuned, fine_tuning, carma, …"),
+    "seed": ("int64", "seed of weights, data order and sampling"),
+    "budget": ("int64", "training steps; 0 for an untuned model"),
+    "start": ("category", "'random' or the name of the starting model"),
+    "condition": ("category", "clean, replaced or pooled"),
+    "source": ("category", "source of the synonyms; empty if not replaced"),
+    "rate": ("float64", "share of words to replace; 0 if not replaced"),
+    "start_layer": ("int64", "first block that reads pooled states; -1 if not pooled"),
+    "depth_share": ("float64", "start_layer as a share of the depth; NaN if not pooled"),
+    "protocol": ("category", "sum, mean or max; empty if not pooled"),
+    "level": ("category", "word or phrase; empty if not pooled"),
+    "changed": ("int64", "words replaced or tokens pooled away"),
+    "prediction": ("category", "the answer given"),
+    "correct": ("bool", "prediction is the target"),
+    "rank": ("int64", "rank of the target, 1 is best"),
+    "log_probability": ("float64", "natural logarithm of the target's probability"),
+}
+#: Known methods and how figures, tables and sentences call them, in this order.
+METHOD_LABELS = {
+    "untuned": "untuned", "fine_tuning": "fine-tuning", "carma": "CARMA",
+    "mutual_information_only": "MI only", "stability_only": "stability only", "r_drop": "R-Drop",
+    "neftune": "NEFTune", "label_smoothing": "label smoothing",
+    "synonym_augmentation": "synonym augmentation", "l2_sp": "L2-SP",
+}
+CONDITIONS = ("clean", "replaced", "pooled")
+#: What identifies a row; two rows that agree in all of these are duplicates.
+KEY_COLUMNS = tuple(name for name in RESULT_COLUMNS if name not in
+                    ("target", "changed", "prediction", "correct", "rank", "log_probability"))
+_TEXT = [name for name, (kind, _) in RESULT_COLUMNS.items() if kind == "category"]
+
+
+class ResultsError(ValueError):
+    """A result table that cannot be used; the message says what to do."""
+
+
+def check_results(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with the types of `RESULT_COLUMNS` (further columns stay), or a `ResultsError`.
+
+    Errors: no rows, a missing column, a missing value (allowed only in `depth_share` of rows that are not
+    pooled), an unknown condition, a rank below 1, a type that does not fit, duplicate rows.
+    """
+    missing = [name for name in RESULT_COLUMNS if name not in frame.columns]
+    if missing:
+        raise ResultsError(f"result table lacks the columns {missing}; see carma_lib.stats.table.RESULT_COLUMNS")
+    if frame.empty:
+        raise ResultsError("result table has no rows; evaluate at least one method first")
+    unpooled = frame["condition"].astype(str) != "pooled"
+    for name in RESULT_COLUMNS:
+        holes = frame[name].isna()
+        if name == "depth_share":
+            holes = holes & ~unpooled
+        if holes.any():
+            raise ResultsError(f"result table: {int(holes.sum())} missing values in {name!r}, first in row "
+                               f"{holes.to_numpy().argmax()}; evaluate those items again or drop the rows")
+    typed = frame.copy(deep=False)
+    for name, (kind, _) in RESULT_COLUMNS.items():
+        try:
+            typed[name] = frame[name].astype(kind)
+        except (TypeError, ValueError) as error:
+            raise ResultsError(f"result table: column {name!r} cannot be read as {kind} ({error})") from error
+        if kind in ("bool", "int64") and not (typed[name] == frame[name]).all():
+            raise ResultsError(f"result table: column {name!r} holds values that are not of type {kind}")
+    unknown = sorted(set(typed["condition"].unique()) - set(CONDITIONS))
+    if unknown:
+        raise ResultsError(f"result table: unknown conditions {unknown}; known are {list(CONDITIONS)}")
+    if (typed["rank"] < 1).any():
+        raise ResultsError("result table: a rank below 1; ranks start at 1 for the best answer")
+    twice = typed.duplicated(list(KEY_COLUMNS))
+    if twice.any():
+        first = typed.loc[twice.to_numpy(), list(KEY_COLUMNS)].iloc[0].to_dict()
+        raise ResultsError(f"result table: {int(twice.sum())} duplicate rows, first {first}; "
+                           "read each run once, or drop the older one")
+    return typed
+
+
+def write_results(frame: pd.DataFrame, path: str | os.PathLike) -> Path:
+    """Check the frame and write it to a Parquet file, whole or not at all."""
+    frame = check_results(frame)
+    text = {name: frame[name].astype(object) for name in frame.columns
+            if isinstance(frame[name].dtype, pd.CategoricalDtype)}
+    with whole_file(path) as temporary:
+        frame.assign(**text).to_parquet(temporary, index=False, compression="zstd")
+    return Path(path)
+
+
+def read_results(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> pd.DataFrame:
+    """One long table from Parquet files and folders (searched for `results*.parquet` at any depth).
+
+    Raises `ResultsError` where nothing is found, a file is no result table, or two files hold the same row.
+    """
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    files: list[Path] = []
+    for path in map(Path, paths):
+        found = sorted(path.rglob("results*.parquet")) if path.is_dir() else [path] if path.is_file() else []
+        if not found:
+            raise ResultsError(f"no result table at {path}; run the evaluation first "
+                               "(a folder is searched for results*.parquet)")
+        files += found
+    tables = []
+    for file in dict.fromkeys(file.resolve() for file in files):
+        names = parquet.read_schema(file).names
+        if lacking := [name for name in RESULT_COLUMNS if name not in names]:
+            raise ResultsError(f"{file} is no result table: it lacks the columns {lacking}")
+        tables.append(parquet.read_table(file, read_dictionary=_TEXT).replace_schema_metadata(None))
+    table = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
+    return check_results(table.to_pandas())

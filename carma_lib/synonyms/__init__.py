@@ -1,0 +1,1 @@
+"""Synonym replacement: WordNet's candidates, words in context, replacement, and its quality."""

@@ -1,0 +1,316 @@
+"""Seeded synonym replacement that reports what it changed.
+
+A *content word* is a noun, verb, adjective or adverb by its tag in context that is neither a function word,
+nor a name, nor a number. At a rate, round(rate × content words) replacements are requested (halves upwards)
+and as many are made as there are words with a candidate, so `made <= requested`. Which words change, and to
+what, is drawn from a hash of (seed, item, word): the same on every machine, independent of other items, and
+nested, so that what changes at 25 % changes at 40 % in the same way.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable, Iterable, Mapping, NamedTuple, Sequence
+
+from carma_lib.files import fingerprint, whole_file
+from carma_lib.synonyms.wordnet import lemmas_of, sense_counts, synonym_forms, wordnet
+from carma_lib.synonyms.tagging import Word, fixed_words, is_content, tagged_words
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+RULES = 2  # part of every cache key: raise it with any change of what is replaced by what
+
+Source = Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
+"""Where candidates come from: lower-case form → forms that can stand for it, or (form, Penn tag) → forms."""
+
+Score = Callable[[list[str]], Sequence[float]]
+
+ARTICLES = frozenset(["a", "an"])
+# A written vowel or a silent h, unless the word begins with the sound of "you" or "w" (unique, European, one)
+VOWEL_SOUND = re.compile(r"(?!uni(?!n|m|de)|unanim|u[bstv][aeiou]|ur[aeiou]|uk|eu|ewe|ones?\b|oneself|once)"
+                         r"[aeiou]|hon(?:est|or|our)|hour|heir", re.IGNORECASE)
+
+
+class Change(NamedTuple):
+    """Characters [start, end) of the original text, what stood there and what stands there now."""
+    start: int
+    end: int
+    before: str
+    after: str
+
+
+class _TextAndChanges(NamedTuple):
+    text: str
+    changes: tuple[Change, ...]
+
+
+class Replacement(_TextAndChanges):
+    """A named tuple (text, changes): the changed text, and its changes in order of place.
+
+    A changed article (a, an) is a change of its own. Besides: `requested`, how many words the rate asked for,
+    and `made`, how many were replaced; `made < requested` where too few words have a candidate.
+    """
+
+    def __new__(cls, text: str, changes: Iterable[Change], requested: int) -> Replacement:
+        self = super().__new__(cls, text, tuple(changes))
+        self.requested = requested
+        return self
+
+    @property
+    def made(self) -> int:
+        return sum(change.before.lower() not in ARTICLES for change in self.changes)
+
+
+def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int] | None = None,
+                     item_id: str | None = None, forbidden: str | Sequence[str] = (),
+                     source: Source = synonym_forms) -> Replacement:
+    """Replace a share of a text's content words by synonyms.
+
+    text: any text; one without content words or candidates comes back as it is, with no changes.
+    rate: share of content words in `span` to replace, from 0 to 1.
+    seed, item_id: what the draw depends on; the item is the text itself if no item_id is given.
+    span: characters [start, end) that may change, all of the text if None; words across its edge stay.
+    forbidden: words (targets) that are not introduced in any of their forms.
+    source: where candidates come from, WordNet by default, `functools.partial(synonym_forms, agreement=0.25)`
+        for more and looser candidates; a dict from lower-case forms to forms is taken as it is, whatever the
+        tag, and needs no WordNet.
+
+    Raises ValueError for a rate outside [0, 1] or a span outside the text.
+    """
+    _check_rate(rate)
+    span = _check_span(text, span)
+    item = text if item_id is None else str(item_id)
+    refused = _families([forbidden] if isinstance(forbidden, str) else forbidden)
+    words = tagged_words(text)
+    inside = [i for i, word in enumerate(words) if span[0] <= word.start and word.end <= span[1]]
+    content = [i for i in inside if is_content(words[i]) or _listed(words[i], source)]
+    requested = int(rate * len(content) + 0.5)
+
+    fixed = frozenset() if isinstance(source, Mapping) else fixed_words(words)
+    replacements = {}
+    for i in content:
+        article = _article_before(text, words, i)
+        candidates = [] if i in fixed else _candidates(words[i], source, refused)
+        if article and article.start < span[0]:  # it cannot be put right
+            candidates = [form for form in candidates if _indefinite_article(form) == article.form.lower()]
+        if candidates:
+            replacements[i] = candidates[_draw(seed, item, words[i].form.lower()) % len(candidates)]
+    chosen = sorted(replacements, key=lambda i: _draw(seed, item, words[i].start))[:requested]
+
+    changes = []
+    for i in sorted(chosen):
+        article, after = _article_before(text, words, i), replacements[i]
+        if article and article.form.lower() != _indefinite_article(after):
+            changes.append(_change(article, _indefinite_article(after)))
+        changes.append(_change(words[i], after))
+    return Replacement(_apply(text, changes), changes, requested)
+
+
+def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Sequence[str] | None = None,
+                spans: Sequence[tuple[int, int] | None] | None = None,
+                forbidden: Sequence[str | Sequence[str]] | None = None, source: Source = synonym_forms,
+                cache_dir: str | Path | None = None) -> list[Replacement]:
+    """`replace_synonyms` of every text, with a progress bar after two seconds and an optional cache on disk.
+
+    item_ids, spans, forbidden: one an item, in the order of texts; None as for `replace_synonyms`.
+    cache_dir: folder of results, found again by the content of all arguments, the rules and the versions of
+        the dictionaries; a damaged file is made again. None: no cache.
+
+    Raises ValueError for lists of unequal length, or for a cache of a source that is a function of one's own,
+    since no key can tell when it changes.
+    """
+    from tqdm import tqdm
+
+    _check_rate(rate)
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list of texts; use replace_synonyms for a single one")
+    empty = [None] * len(texts)
+    columns = [list(empty if column is None else column) for column in (texts, item_ids, spans, forbidden)]
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError("texts, item_ids, spans and forbidden must be of one length, got "
+                         + ", ".join(str(len(column)) for column in columns))
+    path = Path(cache_dir) / f"{_cache_key(columns, rate, seed, source)}.jsonl" if cache_dir else None
+    cached = _read_cache(path, len(texts)) if path else None
+    if cached is not None:
+        return cached
+    replacements = [
+        replace_synonyms(text, rate=rate, seed=seed, span=span, item_id=item, forbidden=words or (),
+                         source=source)
+        for text, item, span, words in tqdm(zip(*columns), total=len(texts), desc="replacing", delay=2)]
+    if path:
+        _write_cache(path, replacements)
+    return replacements
+
+
+def replaced_rows(rows: Dataset, task: str, *, rate: float, seed: int,
+                  cache_dir: Path) -> tuple[Dataset, list[int]]:
+    """The rows with synonyms in their texts, and how many words of each were replaced.
+
+    The target word and its forms are never introduced into a definition.
+    """
+    from carma_lib.tasks import task_named
+    from carma_lib.tasks.controlled.lexicon import controlled_synonyms
+
+    known = task_named(task)
+    replaced = replace_all(
+        rows["text"], rate=rate, seed=seed, item_ids=rows["item_id"], cache_dir=cache_dir,
+        source=controlled_synonyms() if known.synonyms == "controlled" else synonym_forms,
+        forbidden=rows["target"] if known.kind == "inverse_dictionary" else None)
+    changed = rows.remove_columns(["text", "phrases"]).add_column("text", [each.text for each in replaced])
+    return changed.add_column("phrases", [[] for _ in replaced], feature=rows.features["phrases"]), \
+        [each.made for each in replaced]
+
+
+def with_synonym_copies(rows: Dataset, task: str, *, rate: float, cache_dir: Path) -> Dataset:
+    """The rows, then each of them a second time with synonyms (`replaced_rows`): synonym augmentation."""
+    from datasets import concatenate_datasets
+
+    copies, _ = replaced_rows(rows, task, rate=rate, seed=0, cache_dir=cache_dir)
+    return concatenate_datasets([rows, copies.select_columns(rows.column_names)])
+
+
+def worst_replacement(text: str, *, rate: float, seeds: Iterable[int], score: Score,
+                      span: tuple[int, int] | None = None, item_id: str | None = None,
+                      forbidden: str | Sequence[str] = (), source: Source = synonym_forms) -> Replacement:
+    """`worst_replacements` of a single text."""
+    return worst_replacements([text], rate=rate, seeds=seeds, score=score, source=source, spans=[span],
+                              item_ids=None if item_id is None else [item_id], forbidden=[forbidden])[0]
+
+
+def worst_replacements(texts: Sequence[str], *, rate: float, seeds: Iterable[int], score: Score,
+                       item_ids: Sequence[str] | None = None,
+                       spans: Sequence[tuple[int, int] | None] | None = None,
+                       forbidden: Sequence[str | Sequence[str]] | None = None, source: Source = synonym_forms,
+                       cache_dir: str | Path | None = None) -> list[Replacement]:
+    """An adversary: of each text's replacements under several seeds, the one with the highest loss.
+
+    seeds: the k seeds to try; of equal losses the earlier seed wins.
+    score: called once a seed with the changed texts, in the order of texts; returns one finite loss a text.
+        Batching and the model are the caller's.
+    Everything else: see `replace_all`. Raises ValueError without seeds, or for losses of another number or
+    that are not finite.
+    """
+    import numpy
+
+    tries, losses = [], []
+    for seed in seeds:
+        tries.append(replace_all(texts, rate=rate, seed=seed, item_ids=item_ids, spans=spans,
+                                 forbidden=forbidden, source=source, cache_dir=cache_dir))
+        losses.append(numpy.asarray(score([done.text for done in tries[-1]]), dtype=float))
+        if losses[-1].shape != (len(texts),) or not numpy.isfinite(losses[-1]).all():
+            raise ValueError(f"score must return {len(texts)} finite losses, one a text; seed {seed} gave "
+                             f"{int(numpy.isfinite(losses[-1]).sum())} in shape {losses[-1].shape}")
+    if not tries:
+        raise ValueError("seeds is empty; give the seeds to try, for instance range(8)")
+    return [tries[k][i] for i, k in enumerate(numpy.argmax(losses, axis=0))]
+
+
+def shift_spans(spans: Sequence[tuple[int, int]], changes: Sequence[Change]) -> list[tuple[int, int]]:
+    """Character spans [start, end) of the original text → the same spans of the changed one.
+
+    A boundary inside a changed word moves out to that word's edge, so that words stay whole.
+    """
+    def shifted(position: int, at_end: bool) -> int:
+        moved = 0
+        for change in changes:
+            if position <= change.start:
+                break
+            if position < change.end:
+                return change.start + moved + (len(change.after) if at_end else 0)
+            moved += len(change.after) - (change.end - change.start)
+        return position + moved
+
+    return [(shifted(start, False), shifted(end, True)) for start, end in spans]
+
+
+def _cache_key(columns: Sequence[Sequence], rate: float, seed: int, source: Source) -> str:
+    if isinstance(source, Mapping):
+        content = {form: list(source[form]) for form in sorted(source)}
+    elif source is synonym_forms or getattr(source, "func", None) is synonym_forms:
+        content = [wordnet().get_version(), len(sense_counts()), getattr(source, "keywords", {})]
+    else:
+        raise ValueError("a cache needs the default source or a dict; leave cache_dir out for a function")
+    texts, item_ids, spans, forbidden = columns
+    words = [[word] if isinstance(word, str) else sorted(word or ()) for word in forbidden]
+    return fingerprint(RULES, version("textblob"), version("lemminflect"), content, float(rate), int(seed),
+                       texts, list(map(str, item_ids)), spans, words)
+
+
+def _read_cache(path: Path, length: int) -> list[Replacement] | None:
+    """The replacements of a whole file; None if there is none, or if it is cut short or damaged."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [Replacement(row["text"], (Change(*change) for change in row["changes"]), row["requested"])
+                 for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if len(found) == length else None
+
+
+def _write_cache(path: Path, replacements: Sequence[Replacement]) -> None:
+    lines = [json.dumps({"text": done.text, "changes": done.changes, "requested": done.requested}) + "\n"
+             for done in replacements]
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _check_rate(rate: float) -> None:
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate must lie in [0, 1] (0.25 for a quarter of the content words), got {rate}")
+
+
+def _check_span(text: str, span: tuple[int, int] | None) -> tuple[int, int]:
+    if span is None:
+        return 0, len(text)
+    if not 0 <= span[0] <= span[1] <= len(text):
+        raise ValueError(f"span {tuple(span)} lies outside the text of {len(text)} characters")
+    return tuple(span)
+
+
+def _draw(seed: int, item: str, what: object) -> int:
+    key = json.dumps([int(seed), item, what]).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+
+
+def _listed(word: Word, source: Source) -> bool:
+    return isinstance(source, Mapping) and word.form.lower() in source and not word.tag.startswith("NNP")
+
+
+def _candidates(word: Word, source: Source, refused: frozenset[str]) -> list[str]:
+    form = word.form.lower()
+    found = source.get(form, ()) if isinstance(source, Mapping) else source(form, word.tag)
+    return [other for other in found if other != form and not (refused and refused & _families([other]))]
+
+
+def _families(words: Iterable[str]) -> frozenset[str]:
+    """The words, in lower case and split at spaces and hyphens, and every lemma they may be a form of."""
+    parts = [part for word in words for part in re.split(r"[\W_]+", word.lower()) if part]
+    return frozenset(parts).union(*(lemmas_of(part, letter) for part in parts for letter in "nvar"))
+
+
+def _article_before(text: str, words: Sequence[Word], i: int) -> Word | None:
+    if i and words[i - 1].form.lower() in ARTICLES and text[words[i - 1].end:words[i].start].isspace():
+        return words[i - 1]
+    return None
+
+
+def _indefinite_article(word: str) -> str:
+    return "an" if VOWEL_SOUND.match(word) else "a"
+
+
+def _change(word: Word, after: str) -> Change:
+    if word.form[0].isupper():
+        after = after[0].upper() + after[1:]
+    return Change(word.start, word.end, word.form, after)
+
+
+def _apply(text: str, changes: Sequence[Change]) -> str:
+    pieces, end = [], 0
+    for change in changes:
+        pieces += [text[end:change.start], change.after]
+        end = change.end
+    return "".join(pieces) + text[end:]
