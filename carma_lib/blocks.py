@@ -68,18 +68,18 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     Raises:
         TypeError: an encoder, an encoder-decoder, or a model whose blocks cannot be found.
     """
-    language_model = language_model(model)
-    config = getattr(language_model, "config", None)
-    if config is None or getattr(config, "is_encoder_decoder", False) or _is_encoder(language_model):
+    inner = language_model(model)
+    config = getattr(inner, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False) or _is_encoder(inner):
         raise TypeError(
-            f"{type(language_model).__name__} is no decoder-only language model: load AutoModelForCausalLM"
+            f"{type(inner).__name__} is no decoder-only language model: load AutoModelForCausalLM"
         )
     depth = config.get_text_config().num_hidden_layers
-    for module in language_model.modules():
+    for module in inner.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise TypeError(
-        f"{type(language_model).__name__} has no list of {depth} decoder blocks to read hidden states from"
+        f"{type(inner).__name__} has no list of {depth} decoder blocks to read hidden states from"
     )
 
 
