@@ -15,7 +15,7 @@ from carma_lib.losses import CarmaConfig
 from carma_lib.models import load_model, prompt_for
 from carma_lib.pooling import constituent_aware_pooling
 from carma_lib.stats.table import read_results
-from carma_lib.tasks import build_task
+from carma_lib.tasks import build_task, task_named
 
 TASK = "controlled_inverse_dictionary"
 CARMA = CarmaConfig(mi_layers=(0, 1), stability_layers=(0, 1))
@@ -82,7 +82,7 @@ def test_clean_and_pooled_answers_equal_one_row_at_a_time(run, results):
 
 def test_replaced_texts_count_their_changes_and_leave_the_target_out(run, results):
     for split, rows in evaluation_rows(run, TASK, CONDITIONS).items():
-        changed, made = replaced_rows(rows, TASK, rate=0.4, seed=0, cache_dir=run / "cache")
+        changed, made = replaced_rows(rows, rate=0.4, seed=0, cache_dir=run / "cache", **task_named(TASK).replacement(rows))
         table = results[(results.method == "carma") & (results.seed == 1) & (results.split == split) & (results.rate == 0.4)].set_index("item_id")
         assert [table.loc[item].changed for item in rows["item_id"]] == made and sum(made) > 0
         for before, after, target, number in zip(rows["text"], changed["text"], rows["target"], made):

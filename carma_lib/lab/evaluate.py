@@ -99,7 +99,8 @@ def make_replacements(run_dir: Path, start: Cell, conditions: Conditions) -> Non
     """Replace synonyms once, so that all models from this untuned cell find the texts in the cache."""
     for rows in asked_rows(run_dir, start, conditions).values():
         for rate in conditions.rates:
-            replaced_rows(rows, start.task, rate=rate, seed=conditions.replacement_seed, cache_dir=run_dir / "cache")
+            replaced_rows(rows, rate=rate, seed=conditions.replacement_seed, cache_dir=run_dir / "cache",
+                          **task_named(start.task).replacement(rows))
 
 
 def evaluate_model(model: Any, tokenizer: Any, rows: datasets.Dataset, *, prompt: Prompt,
@@ -211,8 +212,8 @@ def evaluate_cell(run_dir: Path, cell: Cell, conditions: Conditions) -> Path:
     prompt = task_prompt(cell.task, model.config.model_type, facts["start"])
     parts = []
     for split, rows in asked_rows(run_dir, replace(cell, method="untuned"), conditions).items():
-        replaced = {rate: replaced_rows(rows, cell.task, rate=rate, seed=conditions.replacement_seed,
-                                        cache_dir=run_dir / "cache") for rate in conditions.rates}
+        replaced = {rate: replaced_rows(rows, rate=rate, seed=conditions.replacement_seed, cache_dir=run_dir / "cache",
+                                        **task_named(cell.task).replacement(rows)) for rate in conditions.rates}
         parts.append(evaluate_model(model, tokenizer, rows, prompt=prompt, replaced=replaced,
                                     conditions=conditions).assign(split=split))
     frame = pd.concat(parts, ignore_index=True).assign(

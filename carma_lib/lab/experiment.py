@@ -66,8 +66,8 @@ def encode_task(run_dir: Path, task: str, model_type: str, settings: Settings, *
         kept = min(settings.training_items, len(rows["train"]))
         rows["train"] = rows["train"].shuffle(seed=0).select(range(kept))
     if augmented:
-        rows["train"] = with_synonym_copies(rows["train"], task, rate=METHODS["synonym_augmentation"].default,
-                                            cache_dir=run_dir / "cache")
+        rows["train"] = with_synonym_copies(rows["train"], rate=METHODS["synonym_augmentation"].default,
+                                            cache_dir=run_dir / "cache", **task_named(task).replacement(rows["train"]))
     rows["validation"] = rows["validation"].select(range(min(settings.validation_items, len(rows["validation"]))))
     return {split: encode(rows[split], tokenizer, prefix=prompt.prefix, suffix=prompt.suffix,
                           drop=settings.start != "random") for split in ("train", "validation")}

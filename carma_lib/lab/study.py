@@ -309,7 +309,8 @@ def _text_prompts(work_dir: Path, task: str, recipe: Recipe, texts: tuple[str, .
 @lru_cache(maxsize=None)
 def _replacements(work_dir: Path, task: str, recipe: Recipe) -> dict[float, tuple[datasets.Dataset, list[int]]]:
     rows = _rows(work_dir, task, "test_seen", recipe)
-    return {rate: replaced_rows(rows, task, rate=rate, seed=0, cache_dir=work_dir / "cache") for rate in recipe.rates}
+    words = task_named(task).replacement(rows)
+    return {rate: replaced_rows(rows, rate=rate, seed=0, cache_dir=work_dir / "cache", **words) for rate in recipe.rates}
 
 
 @lru_cache(maxsize=None)
@@ -344,7 +345,7 @@ def _encoded_training(work_dir: Path, task: str, number: int, level: str, rate: 
     rows = _task(work_dir, task)["train"].shuffle(seed=0)
     rows = rows.select(range(min(number, len(rows))))
     if rate is not None:
-        rows = with_synonym_copies(rows, task, rate=rate, cache_dir=work_dir / "cache")
+        rows = with_synonym_copies(rows, rate=rate, cache_dir=work_dir / "cache", **task_named(task).replacement(rows))
     prompt = prompt_for(task_named(task).kind)
     encoded = encode(rows, _tokenizer(work_dir), prefix=prompt.prefix, suffix=prompt.suffix, level=level)
     return encoded.select_columns(["input_ids", "constituent_ids", "target_id"]).to_list()

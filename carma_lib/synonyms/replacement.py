@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 RULES = 2  # part of every cache key: raise it with any change of what is replaced by what
 
-Source = Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
-"""Where candidates come from: lower-case form → forms that can stand for it, or (form, Penn tag) → forms."""
+Source = str | Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
+"""Where candidates come from: "wordnet", a dict lower-case form → forms, or a function (form, Penn tag) → forms."""
 
 Score = Callable[[list[str]], Sequence[float]]
 
@@ -67,7 +67,7 @@ class Replacement(_TextAndChanges):
 
 def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int] | None = None,
                      item_id: str | None = None, forbidden: str | Sequence[str] = (),
-                     source: Source = synonym_forms) -> Replacement:
+                     source: Source = "wordnet") -> Replacement:
     """Replace a share of a text's content words by synonyms.
 
     text: any text; one without content words or candidates comes back as it is, with no changes.
@@ -84,6 +84,7 @@ def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int]
     _check_rate(rate)
     span = _check_span(text, span)
     item = text if item_id is None else str(item_id)
+    source = synonym_forms if source == "wordnet" else source
     refused = _families([forbidden] if isinstance(forbidden, str) else forbidden)
     words = tagged_words(text)
     inside = [i for i, word in enumerate(words) if span[0] <= word.start and word.end <= span[1]]
@@ -112,7 +113,7 @@ def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int]
 
 def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Sequence[str] | None = None,
                 spans: Sequence[tuple[int, int] | None] | None = None,
-                forbidden: Sequence[str | Sequence[str]] | None = None, source: Source = synonym_forms,
+                forbidden: Sequence[str | Sequence[str]] | None = None, source: Source = "wordnet",
                 cache_dir: str | Path | None = None) -> list[Replacement]:
     """`replace_synonyms` of every text, with a progress bar after two seconds and an optional cache on disk.
 
@@ -146,36 +147,33 @@ def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Seque
     return replacements
 
 
-def replaced_rows(rows: Dataset, task: str, *, rate: float, seed: int,
-                  cache_dir: Path) -> tuple[Dataset, list[int]]:
-    """The rows with synonyms in their texts, and how many words of each were replaced.
+def replaced_rows(rows: Dataset, *, source: Source = "wordnet", rate: float, seed: int,
+                  forbidden: Sequence[str] | None = None,
+                  cache_dir: str | Path | None = None) -> tuple[Dataset, list[int]]:
+    """The rows (`carma_lib.tasks.FEATURES`) with synonyms in their texts, and how many words of each were replaced.
 
-    The target word and its forms are never introduced into a definition.
+    source, forbidden, cache_dir: see `replace_all`. `task_named(name).replacement(rows)` gives the first two for a
+    task: its source of synonyms, and for an inverse dictionary the targets, which no definition may receive.
     """
-    from carma_lib.tasks import task_named
-    from carma_lib.tasks.controlled.lexicon import controlled_synonyms
-
-    known = task_named(task)
-    replaced = replace_all(
-        rows["text"], rate=rate, seed=seed, item_ids=rows["item_id"], cache_dir=cache_dir,
-        source=controlled_synonyms() if known.synonyms == "controlled" else synonym_forms,
-        forbidden=rows["target"] if known.kind == "inverse_dictionary" else None)
+    replaced = replace_all(rows["text"], rate=rate, seed=seed, item_ids=rows["item_id"], source=source,
+                           forbidden=forbidden, cache_dir=cache_dir)
     changed = rows.remove_columns(["text", "phrases"]).add_column("text", [each.text for each in replaced])
     return changed.add_column("phrases", [[] for _ in replaced], feature=rows.features["phrases"]), \
         [each.made for each in replaced]
 
 
-def with_synonym_copies(rows: Dataset, task: str, *, rate: float, cache_dir: Path) -> Dataset:
-    """The rows, then each of them a second time with synonyms (`replaced_rows`): synonym augmentation."""
+def with_synonym_copies(rows: Dataset, *, source: Source = "wordnet", rate: float,
+                        forbidden: Sequence[str] | None = None, cache_dir: str | Path | None = None) -> Dataset:
+    """The rows, then each of them a second time with synonyms (`replaced_rows`, seed 0): synonym augmentation."""
     from datasets import concatenate_datasets
 
-    copies, _ = replaced_rows(rows, task, rate=rate, seed=0, cache_dir=cache_dir)
+    copies, _ = replaced_rows(rows, source=source, rate=rate, seed=0, forbidden=forbidden, cache_dir=cache_dir)
     return concatenate_datasets([rows, copies.select_columns(rows.column_names)])
 
 
 def worst_replacement(text: str, *, rate: float, seeds: Iterable[int], score: Score,
                       span: tuple[int, int] | None = None, item_id: str | None = None,
-                      forbidden: str | Sequence[str] = (), source: Source = synonym_forms) -> Replacement:
+                      forbidden: str | Sequence[str] = (), source: Source = "wordnet") -> Replacement:
     """`worst_replacements` of a single text."""
     return worst_replacements([text], rate=rate, seeds=seeds, score=score, source=source, spans=[span],
                               item_ids=None if item_id is None else [item_id], forbidden=[forbidden])[0]
@@ -184,7 +182,7 @@ def worst_replacement(text: str, *, rate: float, seeds: Iterable[int], score: Sc
 def worst_replacements(texts: Sequence[str], *, rate: float, seeds: Iterable[int], score: Score,
                        item_ids: Sequence[str] | None = None,
                        spans: Sequence[tuple[int, int] | None] | None = None,
-                       forbidden: Sequence[str | Sequence[str]] | None = None, source: Source = synonym_forms,
+                       forbidden: Sequence[str | Sequence[str]] | None = None, source: Source = "wordnet",
                        cache_dir: str | Path | None = None) -> list[Replacement]:
     """An adversary: of each text's replacements under several seeds, the one with the highest loss.
 
@@ -230,7 +228,7 @@ def shift_spans(spans: Sequence[tuple[int, int]], changes: Sequence[Change]) -> 
 def _cache_key(columns: Sequence[Sequence], rate: float, seed: int, source: Source) -> str:
     if isinstance(source, Mapping):
         content = {form: list(source[form]) for form in sorted(source)}
-    elif source is synonym_forms or getattr(source, "func", None) is synonym_forms:
+    elif source in ("wordnet", synonym_forms) or getattr(source, "func", None) is synonym_forms:
         content = [wordnet().get_version(), len(sense_counts()), getattr(source, "keywords", {})]
     else:
         raise ValueError("a cache needs the default source or a dict; leave cache_dir out for a function")

@@ -18,7 +18,7 @@ import datasets
 
 from carma_lib.files import fingerprint
 from carma_lib.tasks import sst, wordnet
-from carma_lib.tasks.controlled.lexicon import load_lexicon
+from carma_lib.tasks.controlled.lexicon import controlled_synonyms, load_lexicon
 from carma_lib.tasks.controlled.definitions import inverse_dictionary_rows
 from carma_lib.tasks.controlled.opinions import sentiment_rows
 from carma_lib.tasks.schema import FEATURES, DataNotFound, TaskRows, is_current, read_card, save_rows
@@ -33,6 +33,11 @@ class Task:
 
     kind: str  # "inverse_dictionary" or "sentiment"
     synonyms: str  # "controlled" or "wordnet"
+
+    def replacement(self, rows: datasets.Dataset) -> dict[str, Any]:
+        """`source` and `forbidden` of `replaced_rows` for rows of this task: a definition never receives its target."""
+        return {"source": controlled_synonyms() if self.synonyms == "controlled" else "wordnet",
+                "forbidden": rows["target"] if self.kind == "inverse_dictionary" else None}
 
 
 TASKS = {
