@@ -6,32 +6,37 @@
 follows the description: every row uses its own constituents, and padding is never a token. Nothing here holds
 parameters, touches a model or reads a file. Shapes: L layers, B rows, T tokens, D width.
 """
-
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from carma_lib.terms import carma_terms
+
 SIMILARITIES = ("cosine", "dot")
+LOWEST_TEMPERATURE = 1e-6  # below it, float32 rounding of a cosine decides the value
+DEPTH_SHARE = 0.3  # of a model's blocks, where layers are left open
 
 
 @dataclass(frozen=True)
 class CarmaConfig:
-    """Weights and layers of CARMA; the defaults are the published code's.
+    """Weights and layers of CARMA; the defaults are the published code's, except for the layers.
 
     Args:
         carma_weight: λ in [0, 1], the share of CARMA in the training loss; 0 is plain fine-tuning.
         mi_weight: γ in [0, 1], weight of the mutual-information term; with `stability_weight=0`, "MI only".
         stability_weight: η in [0, 1], weight of the stability term; with `mi_weight=0`, "stability only".
         mi_layers: (first, last) decoder block, both included, counted from 0; layer l is block l's output.
-        stability_layers: (first, last) likewise; consecutive layers within it are compared, so first < last.
-        temperature: τ > 0 of the mutual-information term.
+            None leaves them open: the first 30 % of the model's depth, blocks 0 to max(1, round(0.3 × depth))
+            (our decision; the published code uses (0, 7) for every model).
+        stability_layers: likewise; consecutive layers within it are compared, so first < last.
+        temperature: τ of the mutual-information term, at least 1e-6.
         num_negatives: negatives sampled per anchor, or None for all of them.
         similarity: "cosine" or "dot".
 
@@ -42,103 +47,107 @@ class CarmaConfig:
     carma_weight: float = 0.2
     mi_weight: float = 0.2
     stability_weight: float = 0.3
-    mi_layers: tuple[int, int] = (0, 7)
-    stability_layers: tuple[int, int] = (0, 7)
+    mi_layers: tuple[int, int] | None = None
+    stability_layers: tuple[int, int] | None = None
     temperature: float = 0.1
     num_negatives: int | None = 5
     similarity: str = "cosine"
 
     def __post_init__(self) -> None:
-        for name in ("carma_weight", "mi_weight", "stability_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        for name in ("mi_layers", "stability_layers"):
-            first, last = _layer_range(name, getattr(self, name))
-            object.__setattr__(self, name, (first, last))
-        if self.stability_weight and self.stability_layers[0] == self.stability_layers[1]:
+        checked = {name: _weight(name, getattr(self, name))
+                   for name in ("carma_weight", "mi_weight", "stability_weight")}
+        checked |= {name: _layer_range(name, getattr(self, name)) for name in ("mi_layers", "stability_layers")}
+        checked["temperature"], checked["num_negatives"] = _check_sampling(
+            self.temperature, self.num_negatives, self.similarity)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        layers = self.stability_layers
+        if self.stability_weight and layers and layers[0] == layers[1]:
             raise ValueError("stability_layers must name at least two layers, or set stability_weight=0")
-        _check_sampling(self.temperature, self.num_negatives, self.similarity)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The blocks whose outputs the terms of non-zero weight read, in ascending order."""
+        """The blocks whose outputs the terms of non-zero weight read, in ascending order.
+
+        Raises `ValueError` while they are open: see `for_depth`.
+        """
         if not self.carma_weight:
             return ()
-        ranges = [(self.mi_weight, self.mi_layers), (self.stability_weight, self.stability_layers)]
-        needed = {layer for weight, (first, last) in ranges if weight for layer in range(first, last + 1)}
-        return tuple(sorted(needed))
+        ranges = [layers for weight, layers in ((self.mi_weight, self.mi_layers),
+                                                (self.stability_weight, self.stability_layers)) if weight]
+        if None in ranges:
+            raise ValueError("the layers are open: config.for_depth(number of blocks) gives explicit ones")
+        return tuple(sorted({layer for first, last in ranges for layer in range(first, last + 1)}))
 
-    def check_depth(self, num_layers: int) -> None:
-        """Raise ValueError if a layer this config reads does not exist in a model of `num_layers` blocks."""
-        if self.layers and self.layers[-1] >= num_layers:
-            raise ValueError(
-                f"the config reads block {self.layers[-1]}, the model has blocks 0 to {num_layers - 1}: "
-                "lower mi_layers and stability_layers"
-            )
+    def for_depth(self, num_layers: int) -> CarmaConfig:
+        """This config with explicit layers for a model of `num_layers` blocks.
+
+        Raises `ValueError` if a layer that it reads does not exist there.
+        """
+        if not self.carma_weight:
+            return self
+        open_range = (0, min(num_layers - 1, max(1, round(DEPTH_SHARE * num_layers))))
+        found = replace(self, mi_layers=self.mi_layers or open_range,
+                        stability_layers=self.stability_layers or open_range)
+        if found.layers[-1:] >= (num_layers,):
+            raise ValueError(f"the config reads block {found.layers[-1]}, the model has blocks 0 to "
+                             f"{num_layers - 1}: lower mi_layers and stability_layers")
+        return found
 
 
 class CarmaTerms(NamedTuple):
-    """Scalars: total = γ · mutual_information + η · stability. A term of weight 0 is left at 0."""
+    """Scalars: total = γ · mutual_information + η · stability. A term of weight 0 is left at 0.
+
+    `read` holds, as floats, the scalars that the caller asked for.
+    """
 
     total: Tensor
     mutual_information: Tensor
     stability: Tensor
+    read: tuple[float, ...] = ()
 
 
 class CarmaLoss:
     """L_CARMA = γ L_MI + η L_stability of one forward pass (λ is applied by the caller).
 
     `hidden_states` is the tuple a model returns, embeddings first: layer l of the config is entry l + 1, and
-    entries that the config does not name may be None. The last entry of a Hugging Face model is taken after
-    its final norm, so a config that names the last block needs that entry replaced by the block's own
-    output, as `CarmaTrainer` does.
+    entries that the config does not name may be None. Layers that the config leaves open follow from the
+    tuple's length. The last entry of a Hugging Face model is taken after its final norm, so a config that
+    names the last block needs that entry replaced by the block's own output, as `CarmaTrainer` does.
+    State-space families (mamba, rwkv) return a tuple without the embeddings: put None before it.
     """
 
     def __init__(self, config: CarmaConfig) -> None:
         self.config = config
 
-    def __call__(
-        self,
-        hidden_states: Sequence[Tensor | None],
-        constituent_ids: Tensor,
-        attention_mask: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> CarmaTerms:
-        """Return the terms; arguments, errors and shapes as in the two functions below."""
-        config = self.config
-        config.check_depth(len(hidden_states) - 1)
+    def __call__(self, hidden_states: Sequence[Tensor | None], constituent_ids: Tensor, attention_mask: Tensor, *,
+                 document_ids: Tensor | None = None, generator: torch.Generator | None = None,
+                 read: Sequence[Tensor] = ()) -> CarmaTerms:
+        """Return the terms; arguments, errors and shapes as in the two functions below.
+
+        read: scalar tensors that the caller wants on the host; they come with the one transfer that the
+            check of the batch makes anyway, as `terms.read`.
+        """
+        config = self.config.for_depth(len(hidden_states) - 1)
         if not config.layers:
             zero = attention_mask.new_zeros((), dtype=torch.float32)
-            return CarmaTerms(zero, zero, zero)
+            return CarmaTerms(zero, zero, zero, tuple(float(scalar) for scalar in read))
         kept = [hidden_states[layer + 1] for layer in config.layers]
-        tokens = _checked(kept, attention_mask, constituent_ids)
-        mutual_information = stability = tokens.states.new_zeros(())
-        if config.mi_weight:
-            mutual_information = _mutual_information(
-                _within(tokens, config.layers, config.mi_layers),
-                constituent_ids,
-                config.temperature,
-                config.num_negatives,
-                config.similarity,
-                generator,
-            )
-        if config.stability_weight:
-            stability = _stability(_within(tokens, config.layers, config.stability_layers)).sum()
+        within = {"mi": config.mi_layers if config.mi_weight else None,
+                  "stability": config.stability_layers if config.stability_weight else None}
+        within = {term: layers and range(config.layers.index(layers[0]), config.layers.index(layers[1]) + 1)
+                  for term, layers in within.items()}
+        mutual_information, stability, read = carma_terms(
+            kept, attention_mask, constituent_ids, document_ids, within["mi"], within["stability"],
+            (config.temperature, config.num_negatives, config.similarity), generator, read)
         total = config.mi_weight * mutual_information + config.stability_weight * stability
-        return CarmaTerms(total, mutual_information, stability)
+        return CarmaTerms(total, mutual_information, stability, read)
 
 
-def mutual_information_loss(
-    hidden_states: Tensor | Sequence[Tensor],
-    constituent_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    temperature: float = 0.1,
-    num_negatives: int | None = 5,
-    similarity: str = "cosine",
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def mutual_information_loss(hidden_states: Tensor | Sequence[Tensor], constituent_ids: Tensor,
+                            attention_mask: Tensor, *, temperature: float = 0.1, num_negatives: int | None = 5,
+                            similarity: str = "cosine", generator: torch.Generator | None = None,
+                            document_ids: Tensor | None = None) -> Tensor:
     """InfoNCE between the tokens of one constituent, against the other tokens of the same row.
 
         L_MI = mean over layers, mean over pairs (i, j) of
@@ -146,18 +155,20 @@ def mutual_information_loss(
 
     Pairs: all i < j of one row with the same constituent, over all rows of the batch. Negatives n of an
     anchor i: the real tokens of its row outside its constituent; with `num_negatives=k`, k of them drawn
-    without replacement (all, where there are no more than k), one draw per anchor shared by its pairs and by the
+    without replacement (all, if there are no more than k), one draw per anchor shared by its pairs and by the
     layers; with None all of them, which needs no random numbers. A pair whose anchor has no negative costs 0.
+    Documents packed into one row count as rows of their own.
     (arXiv 2502.11066, method section; the draw is our decision, the published code draws with replacement.)
 
     Args:
         hidden_states: L × (B, T, D), stacked or a sequence; half precision is raised to float32.
         constituent_ids: (B, T) integers; tokens of one constituent share a number, −1 belongs to none.
         attention_mask: (B, T), 1 for a real token. Padding is neither anchor, positive nor negative.
-        temperature: τ > 0.
+        temperature: τ, at least 1e-6.
         num_negatives: negatives per anchor, or None for all.
         similarity: "cosine" or "dot".
         generator: random numbers of the draw, on the device of `hidden_states`; torch's default if None.
+        document_ids: (B, T) integers; tokens of one document of a row share a number. None: a row is one.
 
     Returns:
         A scalar; 0 with a gradient path if the batch has no pair.
@@ -165,14 +176,14 @@ def mutual_information_loss(
     Raises:
         ValueError: shapes disagree, ids below −1, bad settings, NaN or infinity at a real token.
     """
-    _check_sampling(temperature, num_negatives, similarity)
-    tokens = _checked(hidden_states, attention_mask, constituent_ids)
-    return _mutual_information(tokens, constituent_ids, temperature, num_negatives, similarity, generator)
+    sampling = (*_check_sampling(temperature, num_negatives, similarity), similarity)
+    states = list(hidden_states)
+    return carma_terms(states, attention_mask, constituent_ids, document_ids, range(len(states)), None, sampling,
+                  generator)[0]
 
 
-def stability_loss(
-    hidden_states: Tensor | Sequence[Tensor], attention_mask: Tensor, *, reduction: str = "sum"
-) -> Tensor:
+def stability_loss(hidden_states: Tensor | Sequence[Tensor], attention_mask: Tensor, *,
+                   reduction: str = "sum") -> Tensor:
     """How far consecutive layers move, relative to their size.
 
         L_stability = Σ_l  mean((h_{l+1} − h_l)²) / (mean(h_l²) + mean(h_{l+1}²) + 1e-8)
@@ -193,125 +204,42 @@ def stability_loss(
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    tokens = _checked(hidden_states, attention_mask)
-    if len(tokens.states) < 2:
-        raise ValueError(
-            f"stability compares consecutive layers and needs at least 2, got {len(tokens.states)}"
-        )
-    steps = _stability(tokens)
-    return steps.sum() if reduction == "sum" else steps.mean()
+    states = list(hidden_states)
+    if len(states) == 1:
+        raise ValueError("stability compares consecutive layers and needs at least 2, got 1")
+    steps = carma_terms(states, attention_mask, None, None, None, range(len(states)))[1]
+    return steps if reduction == "sum" else steps / (len(states) - 1)
 
 
-def sample_negatives(
-    eligible: Tensor, num_negatives: int, generator: torch.Generator | None = None
-) -> Tensor:
-    """Draw up to `num_negatives` of each anchor's eligible tokens, uniformly and without replacement.
-
-    Args:
-        eligible: (B, T, T) bool; entry (b, i, n) says that token n may be a negative of anchor i.
-
-    Returns:
-        (B, T, T) bool, the drawn ones.
-    """
-    keys = torch.where(eligible, torch.rand(eligible.shape, generator=generator, device=eligible.device), -1)
-    highest = keys.topk(min(num_negatives, eligible.size(-1)), sorted=False).indices
-    return torch.zeros_like(eligible).scatter_(-1, highest, True) & eligible
-
-
-class _Tokens(NamedTuple):
-    """Checked hidden states, padding at 0, with what both terms need of them."""
-
-    states: Tensor  # (L, B, T, D), float32 or float64
-    squares: Tensor  # (L, B, T), squared length of each state
-    real: Tensor  # (B, T) bool
-
-
-def _mutual_information(tokens, constituent_ids, temperature, num_negatives, similarity, generator) -> Tensor:
-    states, squares, real = tokens
-    ids = constituent_ids.masked_fill(~real, -1)
-    same = ids.unsqueeze(2) == ids.unsqueeze(1)
-    positives = (same & (ids >= 0).unsqueeze(2)).triu(1)
-    negatives = ~same & real.unsqueeze(1)  # of interest only where the row of the anchor has positives
-    if num_negatives is not None:
-        negatives = sample_negatives(negatives, num_negatives, generator)
-    with torch.autocast(states.device.type, enabled=False):
-        if similarity == "cosine":
-            scaled = states * (squares * temperature + 1e-16).rsqrt().unsqueeze(-1)
-        else:
-            scaled = states * temperature**-0.5
-        scores = scaled @ scaled.transpose(-1, -2)  # s / τ, (L, B, T, T)
-        # finfo.min, not −inf: an anchor without negatives then has a finite sum and a zero gradient.
-        rivals = torch.where(negatives, scores, torch.finfo(scores.dtype).min).logsumexp(-1, keepdim=True)
-        costs = F.softplus(rivals - scores) * positives
-        return costs.sum() / (len(states) * positives.sum().clamp_min(1))
-
-
-def _stability(tokens) -> Tensor:
-    """The relative movement between each two consecutive layers, (L − 1,)."""
-    states, squares, real = tokens
-    values = real.sum() * states.size(-1)
-    size = squares.sum((1, 2)).unfold(0, 2, 1).sum(-1)  # of both layers of each pair
-    movement = states.diff(dim=0).square().sum((1, 2, 3))
-    return movement / (size + 1e-8 * values.clamp_min(1))
-
-
-def _checked(hidden_states, attention_mask, constituent_ids=None) -> _Tokens:
-    """Check everything, stack the layers, raise half precision to float32 and put padding at 0."""
-    layers = list(hidden_states)
-    if not layers or any(not isinstance(layer, Tensor) or layer.dim() != 3 for layer in layers):
-        raise ValueError("hidden_states must be layers × (batch, tokens, width), at least one layer")
-    if any(layer.shape != layers[0].shape for layer in layers):
-        raise ValueError(f"hidden_states differ in shape: {[tuple(layer.shape) for layer in layers]}")
-    if not layers[0].is_floating_point():
-        raise ValueError(f"hidden_states must be floating point, got {layers[0].dtype}")
-    for name, tensor in (("attention_mask", attention_mask), ("constituent_ids", constituent_ids)):
-        if tensor is not None and tensor.shape != layers[0].shape[:2]:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, hidden_states have (batch, tokens) = "
-                f"{tuple(layers[0].shape[:2])}"
-            )
-        if tensor is not None and tensor.is_floating_point():
-            raise ValueError(f"{name} must hold integers or booleans, got {tensor.dtype}")
-    real = attention_mask.bool()
-    with torch.autocast(layers[0].device.type, enabled=False):
-        states = torch.stack(layers).to(torch.promote_types(layers[0].dtype, torch.float32))
-        states = states.masked_fill_(~real.unsqueeze(-1), 0)
-        squares = states.square().sum(-1)
-    lowest_id = squares.new_zeros(()) if constituent_ids is None else constituent_ids.min()
-    # One transfer from the device for both checks; a sum is finite only if all its parts are.
-    size, lowest_id = torch.stack([squares.detach().sum(), lowest_id.to(squares.dtype)]).tolist()
-    if not math.isfinite(size):
-        raise ValueError("hidden_states hold NaN or infinity: lower the learning rate or check the input")
-    if lowest_id < -1:
-        raise ValueError("constituent_ids must be −1 (no constituent) or not negative")
-    return _Tokens(states, squares, real)
-
-
-def _check_sampling(temperature: float, num_negatives: int | None, similarity: str) -> None:
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be greater than 0, got {temperature}")
-    if num_negatives is not None and (not isinstance(num_negatives, int) or num_negatives < 1):
-        raise ValueError(
-            f"num_negatives must be a whole number from 1 up, or None for all, got {num_negatives}"
-        )
+def _check_sampling(temperature: float, num_negatives: int | None, similarity: str) -> tuple[float, int | None]:
+    """Both numbers as Python's own."""
+    if not (_is_number(temperature) and LOWEST_TEMPERATURE <= temperature < math.inf):
+        raise ValueError(f"temperature must be greater than 0, at least {LOWEST_TEMPERATURE}, got {temperature}")
+    if num_negatives is not None and (not _is_whole(num_negatives) or num_negatives < 1):
+        raise ValueError(f"num_negatives must be a whole number from 1 up, or None for all, got {num_negatives}")
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity must be one of {SIMILARITIES}, got {similarity!r}")
+    return float(temperature), num_negatives if num_negatives is None else int(num_negatives)
 
 
-def _layer_range(name: str, layers: Sequence[int]) -> tuple[int, int]:
-    layers = tuple(layers)
-    if (
-        len(layers) != 2
-        or not all(isinstance(layer, int) for layer in layers)
-        or not 0 <= layers[0] <= layers[1]
-    ):
-        raise ValueError(f"{name} must be (first, last) with 0 <= first <= last, got {layers}")
-    return layers
+def _weight(name: str, value: float) -> float:
+    if not (_is_number(value) and 0 <= value <= 1):
+        raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
+    return float(value)
 
 
-def _within(tokens: _Tokens, kept: tuple[int, ...], bounds: tuple[int, int]) -> _Tokens:
-    """The layers first..last of those that were kept; slicing is left out where it would only cost time."""
-    if bounds == (kept[0], kept[-1]):
-        return tokens
-    chosen = slice(kept.index(bounds[0]), kept.index(bounds[1]) + 1)
-    return _Tokens(tokens.states[chosen], tokens.squares[chosen], tokens.real)
+def _layer_range(name: str, layers: Sequence[int] | None) -> tuple[int, int] | None:
+    if layers is None:
+        return None
+    found = tuple(layers) if isinstance(layers, Iterable) else ()
+    if len(found) != 2 or not all(map(_is_whole, found)) or not 0 <= found[0] <= found[1]:
+        raise ValueError(f"{name} must be (first, last) with 0 <= first <= last, or None, got {layers!r}")
+    return int(found[0]), int(found[1])
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

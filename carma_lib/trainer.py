@@ -67,8 +67,7 @@ class CarmaTrainer(Trainer):
         optimizers: tuple = (None, None),
     ) -> None:
         blocks = decoder_blocks(model)
-        self.carma = carma or CarmaConfig(carma_weight=0)
-        self.carma.check_depth(len(blocks))
+        self.carma = (carma or CarmaConfig(carma_weight=0)).for_depth(len(blocks))
         if self.carma.layers and args.n_gpu > 1:
             raise ValueError(
                 "several GPUs in one process are not supported: start one process a GPU with torchrun"

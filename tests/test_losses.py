@@ -1,11 +1,15 @@
 """The terms against a restatement with plain loops, their properties, and every bad input at the door."""
 
 import math
+from collections import Counter
+from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 
-from carma_lib.losses import CarmaConfig, CarmaLoss, mutual_information_loss, sample_negatives, stability_loss
+from carma_lib.losses import CarmaConfig, CarmaLoss, mutual_information_loss, stability_loss
+from carma_lib.terms import sample_negatives
 
 
 def naive_mutual_information(states, ids, mask, temperature, similarity, negatives_of):
@@ -77,6 +81,14 @@ def eligible_negatives(ids, mask):
     return (ids[:, :, None] != ids[:, None, :]) & (ids[:, :, None] >= 0) & real[:, :, None] & real[:, None, :]
 
 
+def drawn_negatives(ids, mask, number, seed, documents=None):
+    """The draw as a mask (row, anchor, negative)."""
+    drawn = sample_negatives(
+        ids, mask, number, document_ids=documents, generator=torch.Generator().manual_seed(seed)
+    )
+    return torch.nn.functional.one_hot(drawn + 1, ids.shape[1] + 1)[..., 1:].sum(2).bool()
+
+
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("num_negatives", [None, 1, 3])
 def test_mutual_information_equals_the_formula(similarity, num_negatives):
@@ -84,7 +96,7 @@ def test_mutual_information_equals_the_formula(similarity, num_negatives):
         states, ids, mask = random_case(seed)
         chosen = eligible_negatives(ids, mask)
         if num_negatives:
-            chosen = sample_negatives(chosen, num_negatives, torch.Generator().manual_seed(seed))
+            chosen = drawn_negatives(ids, mask, num_negatives, seed)
         fast = mutual_information_loss(
             states,
             ids,
@@ -200,14 +212,24 @@ def test_wholly_padded_row_and_batch():
 
 
 def test_sampling_is_uniform_without_replacement():
-    eligible = torch.tensor([[[True] * 6 + [False] * 2]]).expand(1, 3000, 8)
-    chosen = sample_negatives(eligible, 2, torch.Generator().manual_seed(0))
-    assert (chosen.sum(-1) == 2).all() and not chosen[..., 6:].any()
-    shares = chosen[0, :, :6].double().mean(0)  # expected 1/3 each, standard error 0.0086
-    assert (shares - 1 / 3).abs().max() < 4 * 0.0086
-    assert torch.equal(sample_negatives(eligible, 6), eligible) and torch.equal(
-        sample_negatives(eligible, 99), eligible
-    )
+    """Every subset is as likely as every other: chi-square against the exact enumeration, 3,000 draws each."""
+    ids = torch.tensor([3, -1, 0, 3, -1, 7, 0, 2, 5]).repeat(3000, 1)  # anchors 0 and 2; their partners 3 and 6
+    mask = torch.ones_like(ids)
+    mask[:, 7] = 0
+    for number, bound in ((1, 24.3), (2, 38), (3, 48), (5, 24.3)):  # 0.9999 quantiles of chi-square
+        drawn = sample_negatives(ids, mask, number, generator=torch.Generator().manual_seed(number))
+        for anchor, eligible in ((0, {1, 2, 4, 5, 6, 8}), (2, {0, 1, 3, 4, 5, 8})):
+            counts = Counter(frozenset(row) for row in drawn[:, anchor].tolist())
+            subsets = [frozenset(subset) for subset in combinations(eligible, number)]
+            assert set(counts) <= set(subsets)
+            expected = 3000 / len(subsets)
+            assert sum((counts[subset] - expected) ** 2 / expected for subset in subsets) < bound
+        assert (drawn[:, [1, 3, 4, 5, 6, 7, 8]] == -1).all()
+    for number in (6, 9, 99):
+        drawn = sample_negatives(ids, mask, number)
+        assert drawn.shape == (*ids.shape, number)
+        assert (drawn[:, 0].sort(-1).values[:, -6:] == torch.tensor([1, 2, 4, 5, 6, 8])).all()
+        assert ((drawn[:, 0] >= 0).sum(-1) == 6).all()
 
 
 def test_sampled_value_follows_its_generator():
@@ -297,7 +319,7 @@ def test_weights_of_zero_switch_terms_off():
 def test_published_defaults():
     config = CarmaConfig()
     assert (config.carma_weight, config.mi_weight, config.stability_weight) == (0.2, 0.2, 0.3)
-    assert config.mi_layers == config.stability_layers == (0, 7)
+    assert config.mi_layers is config.stability_layers is None
     assert (config.temperature, config.num_negatives, config.similarity) == (0.1, 5, "cosine")
     assert CarmaConfig(mi_layers=[0, 3]) == CarmaConfig(mi_layers=(0, 3))
 
@@ -323,14 +345,33 @@ def test_config_rejects(setting, message):
         CarmaConfig(**setting)
 
 
+@pytest.mark.parametrize("depth, last", [(2, 1), (3, 1), (4, 1), (5, 2), (12, 4), (30, 9), (80, 24)])
+def test_open_layers_are_a_share_of_the_depth(depth, last):
+    config = CarmaConfig().for_depth(depth)
+    assert config.mi_layers == config.stability_layers == (0, last) and config.layers == tuple(range(last + 1))
+    assert CarmaConfig(stability_layers=(0, 1)).for_depth(depth).mi_layers == (0, last)
+    assert config.for_depth(depth) == config
+    with pytest.raises(ValueError, match="for_depth"):
+        CarmaConfig().layers
+    assert CarmaConfig(carma_weight=0).for_depth(depth).layers == ()
+
+
+def test_loss_with_open_layers_takes_the_share_of_its_tuple():
+    states, ids, mask = torch.randn(13, 1, 4, 3), torch.tensor([[0, 0, 1, 1]]), torch.ones(1, 4).long()
+    open_config = CarmaConfig(num_negatives=None)
+    assert CarmaLoss(open_config)(states, ids, mask) == CarmaLoss(open_config.for_depth(12))(states, ids, mask)
+
+
 def test_config_checks_the_depth():
-    CarmaConfig().check_depth(8)
+    published = CarmaConfig(mi_layers=(0, 7), stability_layers=(0, 7))
+    assert published.for_depth(8) == published
     with pytest.raises(ValueError, match="blocks 0 to 3"):
-        CarmaConfig().check_depth(4)
+        published.for_depth(4)
+    with pytest.raises(ValueError, match="at least two layers"):
+        CarmaConfig().for_depth(1)
+    assert CarmaConfig(stability_weight=0).for_depth(1).layers == (0,)
     with pytest.raises(ValueError, match="blocks 0 to 2"):
-        CarmaLoss(CarmaConfig())(
-            [torch.randn(1, 2, 3)] * 4, torch.zeros(1, 2).long(), torch.ones(1, 2).long()
-        )
+        CarmaLoss(published)([torch.randn(1, 2, 3)] * 4, torch.zeros(1, 2).long(), torch.ones(1, 2).long())
 
 
 STATES, IDS, MASK = (

@@ -61,7 +61,7 @@ def test_the_rule_for_others_is_the_median_of_the_published():
 def test_any_other_model_is_scaled_from_its_depth(blocks, last):
     found = settings_for("some/folder/of-mine", "sentiment", num_layers=blocks)
     assert found.last_layer == last and found.carma_weight == 0.4 and "last_layer" not in found.published
-    found.carma().check_depth(blocks)
+    found.carma().for_depth(blocks)
 
 
 def test_a_known_name_with_another_depth_is_another_model():

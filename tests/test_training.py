@@ -459,7 +459,7 @@ def test_models_that_cannot_be_trained(tmp_path):
 
 def test_layers_that_do_not_exist(tmp_path):
     with pytest.raises(ValueError, match="the config reads block 7, the model has blocks 0 to 2"):
-        CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=CarmaConfig(), processing_class=TOKENIZER)
+        CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=CarmaConfig(mi_layers=(0, 7), stability_layers=(0, 7)), processing_class=TOKENIZER)
 
 
 def test_no_tokenizer_and_no_collator(tmp_path):

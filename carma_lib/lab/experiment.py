@@ -108,7 +108,7 @@ def make_start(run_dir: Path, cell: Cell, settings: Settings) -> Path:
                 _write_facts(temporary, run_dir, cell, settings, budget=0, model=model_name(settings))
             return folder
         config = load_config(settings.start)
-        settings.carma.check_depth(config.get_text_config().num_hidden_layers)
+        settings.carma.for_depth(config.get_text_config().num_hidden_layers)
         check_loading(settings.start, config, settings)
         model, tokenizer = load_model(settings.start, dtype=settings.start_dtype,
                                       four_bits=settings.adapter == "qlora")

@@ -69,7 +69,7 @@ class Settings:
         if self.adapter == "qlora" and self.processes > 1:
             raise ValueError("a start of 4 bits is not sharded: take adapter 'lora', or processes=1")
         if self.start == "random":
-            self.carma.check_depth(self.layers)
+            self.carma.for_depth(self.layers)
 
     @property
     def rows_a_pass(self) -> int:

@@ -236,5 +236,5 @@ def _settings(given: dict[str, Any], task: str) -> Settings:
         steps = steps or ({} if typed.get("epochs") else {kind: _KNOWN["steps"]})
         return fill(kind, {**typed, "steps": steps}).settings
     settings = fill(kind, {**_OPEN, **typed, "steps": steps}).settings
-    settings.carma.check_depth(load_config(settings.start).get_text_config().num_hidden_layers)
+    settings.carma.for_depth(load_config(settings.start).get_text_config().num_hidden_layers)
     return settings
