@@ -1,6 +1,9 @@
 """From rows of text to padded tensors: token ids, positions, constituents, and the answers."""
-
 from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -9,78 +12,115 @@ from transformers import PreTrainedTokenizerBase
 from carma_lib.words import constituent_ids, phrase_spans, word_spans
 
 LEVELS = ("word", "phrase")
+ANSWERS = ("token", "text")
+IGNORED = -100  # the label of a position where nothing is learned
 
 
-def encode(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prefix: str = "",
-    suffix: str = "",
-    level: str = "word",
-    drop: bool = False,
-) -> Dataset:
-    """Tokenize the prompts `prefix + text + suffix` of a single-target task.
+def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, prefix: str = "", suffix: str = "",
+           level: str = "word", drop: bool = False, answer: str = "token", max_length: int | None = None) -> Dataset:
+    """Tokenize the prompts `prefix + text + suffix` and their answers, in memory and anew at each call.
 
-    Adds the columns `input_ids`, `constituent_ids` (of `text`; −1 for tokens of the template and special
-    tokens), `target_id` (the one token that continues the prompt to `prompt + target`) and `length`
-    (tokens). Cached by `datasets`.
+    Adds `input_ids`, `constituent_ids` (of `text`; −1 for tokens of the template, the answer and special tokens),
+    `length` (tokens), and the answer. With `answer="token"` that is `target_id`, the one token that continues the
+    prompt to `prompt + target` (as published). With `answer="text"`, `input_ids` goes on with the answer's tokens
+    and the end-of-text token, `labels` holds these (−100 on the prompt), and `prompt_length` says where they begin.
 
     Args:
-        dataset: rows with `text` and `target`; with `level="phrase"` the column `phrases` gives the
-            constituents as character spans of `text`, or where there is no such column `phrase_spans` finds
-            them.
-        drop: leave out rows whose target is not one token, instead of raising.
+        dataset: rows with `text` and `target`; with `level="phrase"` the column `phrases` gives the constituents as
+            character spans of `text`; `phrase_spans` finds them if there is no such column.
+        drop: leave out rows that are too long, or whose target is not one token, instead of raising.
+        max_length: most tokens of a row; None for what the tokenizer says of its model.
 
     Raises:
-        TypeError: the tokenizer is slow (it knows no character offsets).
-        ValueError: unknown level, missing column, or (without `drop`) a target that is not one token.
+        TypeError: the tokenizer is slow (it knows no character offsets), or the rows are no `Dataset`.
+        ValueError: unknown level or answer, no rows, missing column, a value that is not text, a row that is too
+            long, a target that is empty or (without `drop`) not one token, phrases that do not fit their text.
     """
-    _check_encoding(dataset, tokenizer, level, ("text", "target"))
-    settings = dict(tokenizer=tokenizer, prefix=prefix, suffix=suffix, level=level)
-    encoded = dataset.map(_encode_prompts, batched=True, fn_kwargs=settings, desc="Tokenizing")
-    if drop:
-        return encoded.filter(_has_target, input_columns="target_id")
-    failed = [row for row, target_id in enumerate(encoded["target_id"]) if target_id < 0]
-    if failed:
-        raise ValueError(
-            f"{len(failed)} of {len(encoded)} targets are not one token after the prompt, the first is "
-            f"{encoded[failed[0]]['target']!r}: choose others or pass drop=True"
-        )
-    return encoded
+    if answer not in ANSWERS:
+        raise ValueError(f"answer must be one of {ANSWERS}, got {answer!r}")
+    if answer == "text" and tokenizer.eos_token_id is None:
+        raise ValueError("answers end with the end-of-text token, and the tokenizer has none: set tokenizer.eos_token")
+    encoded = _tokenized(dataset, tokenizer, level, ("text", "target"),
+                         _encode_answers if answer == "text" else _encode_targets, prefix=prefix, suffix=suffix)
+    lengths, limit = encoded["length"][:], max_length or tokenizer.model_max_length
+    if long := [row for row, length in enumerate(lengths) if length > limit]:
+        what = (f"{len(long)} of {len(lengths)} rows are longer than {limit:,} tokens, the first is row {long[0]} with "
+                f"{lengths[long[0]]:,}")
+        if not drop:
+            raise ValueError(f"{what}: shorten them or pass drop=True")
+        warnings.warn(f"{what}: they are left out", stacklevel=2)
+    kept = [row for row, length in enumerate(lengths) if length <= limit]
+    if answer == "token":
+        target_ids = encoded["target_id"][:]
+        if (failed := [row for row in kept if target_ids[row] < 0]) and not drop:
+            raise ValueError(f"{len(failed)} of {len(encoded)} targets are not one token after the prompt, the first "
+                             f"is {encoded[failed[0]]['target']!r}: choose others or pass drop=True")
+        kept = [row for row in kept if target_ids[row] >= 0]
+    return encoded if len(kept) == len(encoded) else encoded.select(kept)
 
 
-def encode_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, level: str = "word") -> Dataset:
+def encode_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, level: str = "word",
+                max_length: int | None = None) -> Dataset:
     """Tokenize `text` for language modelling: `input_ids`, `constituent_ids`, `labels` (the ids), `length`.
 
-    For instruction tuning set `labels` to −100 where nothing is to be learned. Errors as in `encode`.
+    Rows of fewer than two tokens (blank lines) have nothing to predict and are left out; rows longer than
+    `max_length` (None: what the tokenizer says of its model) are cut; a warning says how many of either. For
+    instruction tuning set `labels` to −100 on what is not to be learned. Errors as in `encode`.
     """
-    _check_encoding(dataset, tokenizer, level, ("text",))
-    return dataset.map(
-        _encode_texts, batched=True, fn_kwargs=dict(tokenizer=tokenizer, level=level), desc="Tokenizing"
-    )
+    limit = max_length or tokenizer.model_max_length
+    encoded = _tokenized(dataset, tokenizer, level, ("text",), _encode_texts, limit=limit)
+    lengths = encoded["length"][:]
+    if cut := sum(length > limit for length in lengths):
+        warnings.warn(f"{cut} of {len(lengths)} rows are longer than {limit:,} tokens and are cut there", stacklevel=2)
+        encoded = encoded.remove_columns("length").add_column("length", [min(length, limit) for length in lengths])
+    kept = [row for row, length in enumerate(lengths) if length > 1]
+    if len(kept) == len(lengths):
+        return encoded
+    what = f"{len(lengths) - len(kept)} of {len(lengths)} rows have fewer than two tokens, so nothing to predict"
+    if not kept:
+        raise ValueError(f"{what}: give longer texts")
+    warnings.warn(f"{what}: they are left out", stacklevel=2)
+    return encoded.select(kept)
+
+
+def answerable(rows: Dataset, tokenizer: PreTrainedTokenizerBase, prompt: Any, limit: int | None = None) -> Dataset:
+    """The rows whose answer is one token after the prompt (as published, so test sets differ by tokenizer).
+
+    prompt: has `prefix` and `suffix`. limit: the first so many of them, fewer if there are no more; None for all.
+    Raises `ValueError` if there is none, or as in `encode`.
+    """
+    _check(rows, tokenizer, "word", ("text", "target"))
+    kept: list[int] = []
+    for first in range(0, len(rows), 1000):
+        some = rows[first:first + 1000]
+        found = _encode_targets(some, list(range(first, first + len(some["text"]))), tokenizer=tokenizer, level=None,
+                                prefix=prompt.prefix, suffix=prompt.suffix)["target_id"]
+        kept += [first + row for row, target in enumerate(found) if target >= 0]
+        if limit and len(kept) >= limit:
+            break
+    if not kept:
+        raise ValueError(f"none of {len(rows)} items has an answer of one token of this tokenizer: take more items, "
+                         "another start, or answer='text'")
+    return rows.select(kept[:limit])
 
 
 class Collator:
     """Pad rows on the left to the longest of the batch, so that every prompt ends at the last position.
 
-    Returns int64 tensors (batch, tokens): `input_ids`, `attention_mask`, `position_ids` (counted from each
-    row's first real token), `constituent_ids` (−1 at padding), and either `target_ids` (batch,) or `labels`
-    (−100 at padding and at the first token, which nothing precedes); the last three where the rows have
-    `constituent_ids`, `target_id` or `labels`.
+    Returns int64 tensors (batch, tokens): `input_ids`, `attention_mask`, `position_ids` (counted from each row's
+    first real token), and, if the rows have them, `constituent_ids` (−1 at padding) and `labels` (−100 at padding
+    and at the first token, which nothing precedes), else `target_ids` (batch,).
 
     Args:
-        padding: the padding token's id, or a tokenizer: its padding token, else its end-of-text token
-            (padding is masked, so either will do).
+        padding: the padding token's id, or a tokenizer: its padding token, else its end-of-text token (padding is
+            masked, so either will do).
     """
 
     def __init__(self, padding: PreTrainedTokenizerBase | int) -> None:
         if not isinstance(padding, int):
             padding = padding.eos_token_id if padding.pad_token_id is None else padding.pad_token_id
         if padding is None:
-            raise ValueError(
-                "the tokenizer has neither a padding nor an end-of-text token: set tokenizer.pad_token"
-            )
+            raise ValueError("the tokenizer has neither a padding nor an end-of-text token: set tokenizer.pad_token")
         self.pad_token_id = padding
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -92,48 +132,81 @@ class Collator:
         batch["position_ids"] = (columns - first).clamp_min(0)
         if "constituent_ids" in rows[0]:
             batch["constituent_ids"] = _pad_left(rows, "constituent_ids", lengths, -1)
-        if "target_id" in rows[0]:
+        if "labels" in rows[0]:
+            batch["labels"] = _pad_left(rows, "labels", lengths, IGNORED)
+            batch["labels"][columns == first] = IGNORED  # else a padding position would have to predict the first token
+        elif "target_id" in rows[0]:
             batch["target_ids"] = torch.tensor([row["target_id"] for row in rows])
-        elif "labels" in rows[0]:
-            batch["labels"] = _pad_left(rows, "labels", lengths, -100)
-            # Else a padding position would have to predict the first token.
-            batch["labels"][columns == first] = -100
         return batch
 
 
-def _encode_prompts(
-    rows: dict[str, list], tokenizer, prefix: str, suffix: str, level: str
-) -> dict[str, list]:
-    prompts = [prefix + text + suffix for text in rows["text"]]
-    encoded = tokenizer(prompts, return_offsets_mapping=True, return_attention_mask=False)
-    answered = tokenizer([prompt + target for prompt, target in zip(prompts, rows["target"])]).input_ids
-    columns = {"input_ids": encoded.input_ids, "constituent_ids": [], "target_id": [], "length": []}
-    for row, (ids, offsets) in enumerate(zip(encoded.input_ids, encoded.offset_mapping)):
-        spans = [(start + len(prefix), end + len(prefix)) for start, end in _spans(rows, row, level)]
-        columns["constituent_ids"].append(constituent_ids(offsets, spans, prompts[row]))
-        columns["target_id"].append(_single_target(ids, answered[row]))
-        columns["length"].append(len(ids))
+def _tokenized(dataset: Dataset, tokenizer, level: str, columns: Sequence[str], function: Callable, **more) -> Dataset:
+    """`dataset.map` in memory: a cache on disk would outlive changes of these rules, and be trusted when damaged."""
+    _check(dataset, tokenizer, level, columns)
+    return dataset.map(function, batched=True, with_indices=True, keep_in_memory=True, load_from_cache_file=False,
+                       fn_kwargs={"tokenizer": tokenizer, "level": level, **more}, desc="Tokenizing")
+
+
+def _encode_targets(rows: dict[str, list], places: list[int], **settings) -> dict[str, list]:
+    ids, constituents, answered = _encode_prompts(rows, places, **settings)
+    return {"input_ids": ids, "constituent_ids": constituents, "length": [len(row) for row in ids],
+            "target_id": [_single_target(prompt, both) for prompt, both in zip(ids, answered)]}
+
+
+def _encode_answers(rows: dict[str, list], places: list[int], tokenizer, **settings) -> dict[str, list]:
+    prompts = _encode_prompts(rows, places, tokenizer=tokenizer, **settings)
+    if empty := [place for place, target in zip(places, rows["target"]) if not target.strip()]:
+        raise ValueError(f"row {empty[0]}: the target is empty")
+    alone = tokenizer(rows["target"], add_special_tokens=False).input_ids
+    columns = {name: [] for name in ("input_ids", "constituent_ids", "labels", "prompt_length", "length")}
+    for ids, constituents, answered, target in zip(*prompts, alone):
+        # If the target's first characters would join the prompt's last token, the target is tokenized alone.
+        target = [*(answered[len(ids):] if answered[:len(ids)] == ids else target), tokenizer.eos_token_id]
+        columns["input_ids"].append(ids + target)
+        columns["constituent_ids"].append(constituents + [-1] * len(target))
+        columns["labels"].append([IGNORED] * len(ids) + target)
+        columns["prompt_length"].append(len(ids))
+        columns["length"].append(len(ids) + len(target))
     return columns
 
 
-def _encode_texts(rows: dict[str, list], tokenizer, level: str) -> dict[str, list]:
-    encoded = tokenizer(rows["text"], return_offsets_mapping=True, return_attention_mask=False)
-    ids = [
-        constituent_ids(offsets, _spans(rows, row, level), rows["text"][row])
-        for row, offsets in enumerate(encoded.offset_mapping)
-    ]
-    return {
-        "input_ids": encoded.input_ids,
-        "constituent_ids": ids,
-        "labels": encoded.input_ids,
-        "length": [len(row) for row in encoded.input_ids],
-    }
+def _encode_texts(rows: dict[str, list], places: list[int], tokenizer, level: str, limit: int) -> dict[str, list]:
+    encoded = tokenizer(_texts(rows, "text", places), return_offsets_mapping=True, return_attention_mask=False)
+    ids = [row[:limit] for row in encoded.input_ids]
+    return {"input_ids": ids, "labels": ids, "length": [len(row) for row in encoded.input_ids],
+            "constituent_ids": [owners[:limit] for owners in _constituents(rows, places, encoded, rows["text"], level)]}
 
 
-def _spans(rows: dict[str, list], row: int, level: str) -> list[tuple[int, int]]:
-    if level == "word":
-        return word_spans(rows["text"][row])
-    return rows["phrases"][row] if "phrases" in rows else phrase_spans(rows["text"][row])
+def _encode_prompts(rows: dict[str, list], places: list[int], tokenizer, level: str | None, prefix: str,
+                    suffix: str) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    """Ids of the prompts, their constituents (none if `level` is None), and ids of prompt + target in one piece."""
+    texts = [prefix + text + suffix for text in _texts(rows, "text", places)]
+    encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False)
+    answered = tokenizer([text + target for text, target in zip(texts, _texts(rows, "target", places))]).input_ids
+    found = _constituents(rows, places, encoded, texts, level, len(prefix)) if level else [[] for _ in texts]
+    return encoded.input_ids, found, answered
+
+
+def _constituents(rows: dict[str, list], places: list[int], encoded, texts: list[str], level: str,
+                  before: int = 0) -> list[list[int]]:
+    found = []
+    for row, (place, offsets, whole) in enumerate(zip(places, encoded.offset_mapping, texts)):
+        if level == "word":
+            spans = word_spans(rows["text"][row])
+        else:
+            spans = rows["phrases"][row] if "phrases" in rows else phrase_spans(rows["text"][row])
+        try:
+            found.append(constituent_ids(offsets, [(start + before, end + before) for start, end in spans], whole))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"row {place}: {error}") from error
+    return found
+
+
+def _texts(rows: dict[str, list], column: str, places: list[int]) -> list[str]:
+    for place, value in zip(places, rows[column]):
+        if not isinstance(value, str):
+            raise ValueError(f"row {place}: {column} is {value!r}, not text: drop the row or convert the value")
+    return rows[column]
 
 
 def _single_target(prompt: list[int], answered: list[int]) -> int:
@@ -141,27 +214,25 @@ def _single_target(prompt: list[int], answered: list[int]) -> int:
     return answered[-1] if len(answered) == len(prompt) + 1 and answered[:-1] == prompt else -1
 
 
-def _has_target(target_id: int) -> bool:
-    return target_id >= 0
-
-
 def _pad_left(rows: list[dict], column: str, lengths: list[int], value: int) -> torch.Tensor:
     for row, length in zip(rows, lengths):
         if len(row[column]) != length:
             raise ValueError(f"{column} has {len(row[column])} entries where input_ids has {length}")
     width = max(lengths)
-    return torch.tensor(
-        [[value] * (width - length) + list(row[column]) for row, length in zip(rows, lengths)]
-    )
+    return torch.tensor([[value] * (width - length) + list(row[column]) for row, length in zip(rows, lengths)],
+                        dtype=torch.int64)
 
 
-def _check_encoding(dataset: Dataset, tokenizer, level: str, columns: tuple[str, ...]) -> None:
+def _check(dataset: Dataset, tokenizer, level: str, columns: Sequence[str]) -> None:
     if not tokenizer.is_fast:
-        raise TypeError(
-            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets: use its fast version"
-        )
+        raise TypeError(f"{type(tokenizer).__name__} is a slow tokenizer without character offsets: use its fast one")
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"rows must be a datasets.Dataset, not {type(dataset).__name__}: take one split of a "
+                        "dictionary, Dataset.from_list for a list, Dataset.from_generator for a stream")
     if level not in LEVELS:
         raise ValueError(f"level must be one of {LEVELS}, got {level!r}")
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
         raise ValueError(f"the rows lack {missing}; they have {dataset.column_names}")
+    if not len(dataset):
+        raise ValueError("there are no rows")
