@@ -3,17 +3,19 @@
 At a start layer *l* the residual stream entering block *l* is changed once: the vectors of the tokens of one
 constituent (a word, a phrase) are replaced by their sum, mean or maximum. The blocks from *l* on see the
 shorter sequence as if it had always been that long: positions counted anew, a causal mask (and sliding
-window) of its length.
+window) of its length. Models whose later blocks read the embeddings again read them pooled in the same way.
 
 Method: arXiv 2410.12924 and arXiv 2502.11066. What they leave open is decided here: a real token of no
 constituent (id −1) stays as it is, and so does the prompt's last token whatever its id, so that the answer is
-always read at the same place.
+always read at the same place. A row is one document.
 
 Everything after the change is the model's own code: its forward pass runs with the blocks below the start
 layer passed over and the pooled stream handed to the start layer. Masks, rotary or absolute positions, the
-final norm and the head need no restatement per family. During a call the model is in evaluation mode (no
-dropout) and records no gradients; afterwards it is as it was. Two threads must not use one model at a time.
+final norm and the head need no restatement per family. Whether that is right for a model is checked on the
+model itself, once per start layer (`pooling_grid`). During a call the model is in evaluation mode (no dropout)
+and records no gradients; afterwards it is as it was. Two threads must not use one model at a time.
 """
+from __future__ import annotations
 
 import itertools
 import math
@@ -23,28 +25,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
+from carma_lib.blocks import decoder_blocks, language_model
+
 PROTOCOLS = ("sum", "mean", "max")
 DEPTH_SHARES = (0.01, 0.25, 0.5, 0.75, 1.0)
 
-# Model families (`config.model_type`) and where the base model keeps its blocks.
-BLOCKS = {
-    "gpt2": "h",
-    "llama": "layers",
-    "mistral": "layers",
-    "qwen2": "layers",
-    "qwen3": "layers",
-    "gemma": "layers",
-    "gemma2": "layers",
-    "phi3": "layers",
-    "gpt_neox": "layers",
-    "olmo2": "layers",
-    "smollm3": "layers",
-}
+# What the check found out about a model: the start layers that passed, and whether padding leaves its answer alone.
+_checked: WeakKeyDictionary[nn.Module, tuple[set[int], bool]] = WeakKeyDictionary()
 
 
 class PoolingGrid(NamedTuple):
@@ -59,12 +52,7 @@ class PoolingGrid(NamedTuple):
 
 
 def constituent_aware_pooling(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    constituent_ids: Tensor,
-    *,
-    start_layer: int,
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, constituent_ids: Tensor, *, start_layer: int,
     protocol: str,
 ) -> Tensor:
     """Logits (batch, vocabulary) after each row's last real token, constituents pooled from `start_layer` on.
@@ -81,13 +69,8 @@ def constituent_aware_pooling(
 
 @torch.no_grad()
 def pooling_grid(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    constituent_ids: Tensor,
-    *,
-    start_layers: Sequence[int],
-    protocols: Sequence[str] = PROTOCOLS,
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, constituent_ids: Tensor, *,
+    start_layers: Sequence[int], protocols: Sequence[str] = PROTOCOLS,
 ) -> PoolingGrid:
     """Every start layer × protocol from one clean pass; a pooled run computes only the blocks from its start.
 
@@ -96,27 +79,38 @@ def pooling_grid(
     none. Ids count within a row; those of padding are ignored. A row's answer does not depend on the other
     rows. The model may be wrapped by peft (LoRA and the like) or for data parallelism.
 
-    Raises ValueError for an unsupported model, start layer or protocol, wrong shapes or types, a row without
-    a real token or padded on both sides, and a constituent whose tokens are not next to each other.
+    Before a start layer of a model is used for the first time, two made rows of 7 and 4 tokens are pooled there:
+    with one token a constituent the logits must be those of the model alone, up to rounding (the square root of
+    the precision's epsilon, as a share of the largest logit), also after a run of another length, and pooling
+    that does shorten must run. Rows of a model whose answer changes with padding run one by one.
+
+    Raises ValueError for a model that fails this check, in one line with the reason; an unknown start layer or
+    protocol; wrong shapes or types; a row without a real token or padded on both sides; a constituent whose
+    tokens are not next to each other.
     """
     model, blocks = _model_and_blocks(model)
     _check_inputs(input_ids, attention_mask, constituent_ids)
     start_layers = [_checked_start_layer(layer, len(blocks)) for layer in dict.fromkeys(start_layers)]
     protocols = [_checked_protocol(protocol) for protocol in dict.fromkeys(protocols)]
-
-    input_ids, mask, ids = _left_padded(input_ids, attention_mask.long(), constituent_ids)
-    positions = pooled_positions(mask, ids)
-    lengths = positions[:, -1] + 1
-
-    pooled = {}
+    inputs = input_ids, attention_mask.long(), constituent_ids
+    pooled_positions(*inputs[1:])  # refuses before anything runs
     with evaluation_mode(model):
-        with _recording(blocks, start_layers) as record:
-            clean = _last_logits(model, mask.sum(dim=1), input_ids=input_ids)
-        for layer, protocol in itertools.product(start_layers, protocols):
-            stream = _pool(record.streams[layer], positions, protocol)
-            with _starting_at(blocks, layer, stream, record.blocks_return_tuples):
-                pooled[layer, protocol] = _last_logits(model, lengths, inputs_embeds=stream)
-    return PoolingGrid(clean, pooled, changed=mask.sum(dim=1) - lengths)
+        together = _check_model(model, blocks, start_layers, input_ids.device)
+        parts = [inputs] if together else zip(*(tensor.split(1) for tensor in inputs))
+        grids = [_grid(model, blocks, start_layers, protocols, *_left_padded(*part)) for part in parts]
+    pooled = {key: torch.cat([grid.pooled[key] for grid in grids]) for key in grids[0].pooled}
+    return PoolingGrid(torch.cat([grid.clean for grid in grids]), pooled, torch.cat([grid.changed for grid in grids]))
+
+
+def _grid(
+    model: nn.Module, blocks: nn.ModuleList, start_layers: Sequence[int], protocols: Sequence[str],
+    input_ids: Tensor, mask: Tensor, ids: Tensor,
+) -> PoolingGrid:
+    positions = pooled_positions(mask, ids)
+    clean, record = _clean_pass(model, blocks, start_layers, input_ids, mask)
+    pooled = {(layer, protocol): _pooled_pass(model, blocks, layer, record, positions, protocol)
+              for layer, protocol in itertools.product(start_layers, protocols)}
+    return PoolingGrid(clean, pooled, changed=mask.sum(dim=1) - positions[:, -1] - 1)
 
 
 def pooled_positions(attention_mask: Tensor, constituent_ids: Tensor) -> Tensor:
@@ -165,82 +159,110 @@ def _pool(stream: Tensor, positions: Tensor, protocol: str) -> Tensor:
         reduce="amax" if protocol == "max" else protocol,
         include_self=False,
     )
-    return pooled[:, 1:].to(stream.dtype)
+    return pooled[:, 1:].to(stream.dtype).contiguous()
+
+
+@dataclass
+class _Record:
+    """What a clean pass leaves: embeddings, streams entering the start layers by visit, forms of blocks' outputs."""
+
+    embeddings: Tensor | None = None
+    streams: dict[int, list[Tensor]] = field(default_factory=dict)
+    forms: dict[int, tuple[type, int]] = field(default_factory=dict)
+
+
+def _clean_pass(
+    model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], input_ids: Tensor, mask: Tensor
+) -> tuple[Tensor, _Record]:
+    """Logits (batch, vocabulary) after the last token of left-padded rows, and what pooled passes need."""
+    record = _Record()
+
+    def keep_embeddings(module: nn.Module, args: tuple, output: Tensor) -> None:
+        record.embeddings = output.clone()  # some models scale them in place
+
+    def keep_stream(layer: int, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        record.streams.setdefault(layer, []).append(args[0] if args else kwargs["hidden_states"])
+
+    def keep_form(layer: int, block: nn.Module, args: tuple, output: Tensor | Sequence) -> None:
+        if not isinstance(output, Tensor):
+            record.forms[layer] = type(output), len(output)
+
+    handles = []
+    try:
+        handles.append(model.get_input_embeddings().register_forward_hook(keep_embeddings))
+        for layer in layers:
+            handles.append(blocks[layer].register_forward_pre_hook(partial(keep_stream, layer), with_kwargs=True))
+        for layer in range(max(layers, default=0)):
+            handles.append(blocks[layer].register_forward_hook(partial(keep_form, layer)))
+        return _last_logits(model, mask.sum(dim=1), input_ids=input_ids), record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pooled_pass(
+    model: nn.Module, blocks: nn.ModuleList, layer: int, record: _Record, positions: Tensor, protocol: str
+) -> Tensor:
+    """Logits (batch, vocabulary) after the last token: blocks below `layer` passed over, the pooled stream enters."""
+    stream = _pool(record.streams[layer][0], positions, protocol)
+    embeddings = _pool(record.embeddings, positions, protocol)
+    below = list(blocks)[:layer]
+
+    def enter(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+
+    handle = blocks[layer].register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+    try:
+        for index, block in enumerate(below):
+            blocks[index] = _PassedOver(block, record.forms.get(index))
+        return _last_logits(model, positions[:, -1] + 1, inputs_embeds=embeddings)
+    finally:
+        handle.remove()
+        for index, block in enumerate(below):
+            blocks[index] = block
+
+
+class _PassedOver(nn.Module):
+    """In place of a block below the start layer: returns its input in the form of the block's output."""
+
+    def __init__(self, block: nn.Module, form: tuple[type, int] | None):
+        super().__init__()
+        self.__dict__.update(block=block, form=form)  # no submodule: its parameters are not ours
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["block"], name)  # models read attributes of their blocks
+
+    def forward(self, *args, **kwargs):
+        stream = args[0] if args else kwargs["hidden_states"]
+        return stream if self.form is None else self.form[0]((stream, *[None] * (self.form[1] - 1)))
 
 
 def _last_logits(model: nn.Module, lengths: Tensor, **inputs: Tensor) -> Tensor:
     """Logits (batch, vocabulary) after the last position of left-padded inputs of `lengths` (batch,)."""
     (tokens,) = inputs.values()
     longest = tokens.shape[1]
-    position_ids = torch.arange(longest, device=lengths.device) - (longest - lengths).unsqueeze(1)
-    outputs = model(
-        **inputs,
-        attention_mask=(position_ids >= 0).long(),
-        position_ids=position_ids.clamp(min=0),
-        use_cache=False,
-        output_attentions=False,
-        output_hidden_states=False,
-        return_dict=True,
-        logits_to_keep=1,
-    )
+    if (lengths < longest).any():
+        position_ids = torch.arange(longest, device=lengths.device) - (longest - lengths).unsqueeze(1)
+        inputs |= {"attention_mask": (position_ids >= 0).long(), "position_ids": position_ids.clamp(min=0)}
+    outputs = model(**inputs, use_cache=False, output_attentions=False, output_hidden_states=False, return_dict=True,
+                    logits_to_keep=1)
     return outputs.logits[:, -1]
 
 
-@dataclass
-class _Record:
-    """What a clean pass leaves: the stream entering each start layer, and the form blocks return it in."""
-
-    streams: dict[int, Tensor] = field(default_factory=dict)
-    blocks_return_tuples: bool = False
-
-
 @contextmanager
-def _recording(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[_Record]:
-    """Within: a forward pass of the model fills the record."""
-    record = _Record()
-
-    def keep_stream(layer: int, block: nn.Module, args: tuple) -> None:
-        record.streams[layer] = args[0]
-
-    def keep_form(block: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        record.blocks_return_tuples = isinstance(output, tuple)
-
-    handles = []
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Within: hooks registered before are not called; afterwards they are, in their order."""
+    kept = [(hooks, dict(hooks)) for module in model.modules()
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)]
     try:
-        handles.append(blocks[0].register_forward_hook(keep_form))
-        for layer in layers:
-            handles.append(blocks[layer].register_forward_pre_hook(partial(keep_stream, layer)))
-        yield record
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _PassedOver(nn.Module):
-    """Stands in for a block below the start layer: returns its input, as the block would."""
-
-    def __init__(self, block: nn.Module, returns_tuple: bool):
-        super().__init__()
-        self.attention_type = getattr(block, "attention_type", None)  # read by the model in transformers 4
-        self.returns_tuple = returns_tuple
-
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor]:
-        return (hidden_states,) if self.returns_tuple else hidden_states
-
-
-@contextmanager
-def _starting_at(blocks: nn.ModuleList, layer: int, stream: Tensor, returns_tuple: bool) -> Iterator[None]:
-    """Within: a forward pass runs only the blocks from `layer` on, and `stream` enters `layer`."""
-    below = list(blocks)[:layer]
-    handle = blocks[layer].register_forward_pre_hook(lambda block, args: (stream, *args[1:]), prepend=True)
-    try:
-        for index, block in enumerate(below):
-            blocks[index] = _PassedOver(block, returns_tuple)
+        for hooks, _ in kept:
+            hooks.clear()
         yield
     finally:
-        handle.remove()
-        for index, block in enumerate(below):
-            blocks[index] = block
+        for hooks, before in kept:
+            new = dict(hooks)
+            hooks.clear()
+            hooks.update(before | new)
 
 
 @contextmanager
@@ -255,6 +277,63 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _check_model(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], device: torch.device) -> bool:
+    """Whether padded rows run together; refuses a model that is pooled wrongly at one of the start layers."""
+    passed, together = _checked.get(model, (set(), True))
+    if new := [layer for layer in layers if layer not in passed]:
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        input_ids = (torch.arange(14, device=device).view(2, 7) + vocabulary // 2) % vocabulary
+        mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4], device=device)
+        alone = [(input_ids[:1], mask[:1]), (input_ids[1:, 3:], mask[1:, 3:])]
+        with _without_hooks(model):
+            together = together and not _fault(model, blocks, new, input_ids, mask, alone)
+            faults = [] if together else [_fault(model, blocks, new, *row, [row]) for row in alone]
+        if fault := next(filter(None, faults), None):
+            raise _refusal(model, fault)
+        _checked[model] = passed | set(new), together
+    return together
+
+
+def _fault(
+    model: nn.Module, blocks: nn.ModuleList, layers: list[int], input_ids: Tensor, mask: Tensor,
+    alone: list[tuple[Tensor, Tensor]],
+) -> str | None:
+    """What goes wrong when made rows are pooled; `alone` holds the same rows without padding."""
+    each = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    try:
+        expected = torch.cat([model(input_ids=row, use_cache=False, return_dict=True).logits[:, -1] for row, _ in alone])
+        clean, record = _clean_pass(model, blocks, layers, input_ids, mask)
+        for layer in layers:
+            visits = record.streams.get(layer, [])
+            if len(visits) != 1:
+                return f"block {layer} runs {len(visits)} times in a forward pass"
+            if not isinstance(visits[0], Tensor) or visits[0].dim() != 3 or visits[0].shape[:2] != mask.shape:
+                return f"what enters block {layer} is not of the shape (batch, tokens, width)"
+        if not _equal(clean, expected, record):
+            return "its answer changes when a row is padded"
+        for layer in layers:
+            _pooled_pass(model, blocks, layer, record, pooled_positions(mask, each // 3), "mean")
+            logits = _pooled_pass(model, blocks, layer, record, pooled_positions(mask, each), "mean")
+            if not _equal(logits, clean, record):
+                return (f"one token a constituent at start layer {layer} does not give its own answer, "
+                        "so its blocks read something else than the stream and the embeddings")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model's code raises when it meets embeddings of its stream
+        return f"its forward pass fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    return None
+
+
+def _equal(logits: Tensor, expected: Tensor, record: _Record) -> bool:
+    """Equal up to rounding in the coarsest of the precisions that take part."""
+    types = {logits.dtype, record.embeddings.dtype, *(visits[0].dtype for visits in record.streams.values())}
+    epsilon = max(1e-7, *(torch.finfo(dtype).eps for dtype in types))
+    if logits.is_cuda and torch.get_float32_matmul_precision() != "highest":
+        epsilon = max(epsilon, 2**-10)  # TensorFloat-32
+    atol = epsilon**0.5 * float(expected.abs().max())
+    return torch.allclose(logits, expected, rtol=0, atol=atol, equal_nan=True)
+
+
 def _left_padded(input_ids: Tensor, attention_mask: Tensor, constituent_ids: Tensor) -> tuple[Tensor, ...]:
     """The three (batch, tokens) tensors, every row's padding on the left and no column of padding only."""
     longest = int(attention_mask.sum(dim=1).max())
@@ -264,18 +343,18 @@ def _left_padded(input_ids: Tensor, attention_mask: Tensor, constituent_ids: Ten
 
 def _model_and_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The causal language model within its wrappers, and its blocks."""
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    if hasattr(model, "get_base_model"):  # peft
-        if model.active_peft_config.is_prompt_learning:
-            raise ValueError("pooling does not support prompt-learning adapters; use LoRA or the plain model")
-        model = model.get_base_model()
-    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if family not in BLOCKS or model.get_output_embeddings() is None:
-        raise ValueError(
-            f"pooling does not support {type(model).__name__} ({family}); "
-            f"it supports causal language models of the families {', '.join(BLOCKS)}"
-        )
-    return model, getattr(model.base_model, BLOCKS[family])
+    outer, inner = extract_model_from_parallel(model, keep_torch_compile=False), language_model(model)
+    if outer is not inner and outer.active_peft_config.is_prompt_learning:
+        raise _refusal(inner, "prompt-learning adapters put virtual tokens before the text; use LoRA")
+    try:
+        return inner, decoder_blocks(inner)
+    except TypeError as error:
+        raise _refusal(inner, str(error)) from None
+
+
+def _refusal(model: nn.Module, reason: str) -> ValueError:
+    family = getattr(getattr(model, "config", None), "model_type", "no language model")
+    return ValueError(f"pooling does not support {type(model).__name__} ({family}): {reason}")
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor, constituent_ids: Tensor) -> None:

@@ -10,7 +10,7 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from carma_lib.pooling import (
-    BLOCKS, PROTOCOLS, _pool, constituent_aware_pooling, pooled_positions, pooling_grid,
+    PROTOCOLS, _pool, constituent_aware_pooling, pooled_positions, pooling_grid,
     start_layers_from_depth,
 )
 
@@ -20,6 +20,10 @@ SETTINGS = {
     "gemma2": {"sliding_window": 4},
     "qwen2": {"sliding_window": 4, "layer_types": ["full_attention"] + 2 * ["sliding_attention"]},
 }
+# Families that the restatement below runs block by block, and where their blocks are.
+BLOCKS = {"gpt2": "h"} | dict.fromkeys(
+    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "olmo2", "smollm3"), "layers"
+)
 NO_SDPA = ("gemma2", "sdpa")  # Gemma 2 caps its attention scores
 FORMS = [(family, form) for family in BLOCKS for form in ("eager", "sdpa") if (family, form) != NO_SDPA]
 # Constituents of one to four tokens, tokens of none, constituents at the prompt's end, a prompt of one token.
@@ -301,6 +305,7 @@ def test_start_layers_from_depth():
 
 
 ROW = torch.ones(1, 4, dtype=torch.long)
+TINY_BERT = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
 
 
 @pytest.mark.parametrize(
@@ -335,10 +340,12 @@ def test_bad_input_is_refused_in_one_line(changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_unsupported_models_are_named_with_the_supported():
-    config = AutoConfig.for_model("bloom", vocab_size=9, hidden_size=8, n_layer=1)
-    bloom = AutoModelForCausalLM.from_config(config)
-    headless = AutoModel.from_config(tiny_config("gpt2"))
-    for model in (bloom, headless, torch.nn.Linear(2, 2)):
-        with pytest.raises(ValueError, match="does not support .* gpt2, llama, mistral"):
-            constituent_aware_pooling(model, ROW, ROW, ROW, start_layer=0, protocol="sum")
+@pytest.mark.parametrize("model, reason", [
+    (AutoModel.from_config(tiny_config("gpt2")), "no decoder-only language model"),
+    (torch.nn.Linear(2, 2), "no decoder-only language model"),
+    (AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **TINY_BERT)), "no decoder-only language model"),
+], ids=["headless", "no language model", "encoder"])
+def test_what_is_no_causal_language_model_is_refused_in_one_line(model, reason):
+    with pytest.raises(ValueError, match=f"pooling does not support .*{reason}") as error:
+        constituent_aware_pooling(model, ROW, ROW, ROW, start_layer=0, protocol="sum")
+    assert "\n" not in str(error.value)
