@@ -131,7 +131,7 @@ class CarmaLoss:
         config = self.config.for_depth(len(hidden_states) - 1)
         if not config.layers:
             zero = attention_mask.new_zeros((), dtype=torch.float32)
-            return CarmaTerms(zero, zero, zero, tuple(float(scalar) for scalar in read))
+            return CarmaTerms(zero, zero, zero, tuple(scalar.item() for scalar in read))
         kept = [hidden_states[layer + 1] for layer in config.layers]
         within = {"mi": config.mi_layers if config.mi_weight else None,
                   "stability": config.stability_layers if config.stability_weight else None}

@@ -7,7 +7,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from carma_lib import terms
 from carma_lib.losses import CarmaConfig, CarmaLoss, mutual_information_loss, stability_loss
 from carma_lib.terms import sample_negatives
 
@@ -111,6 +113,91 @@ def test_mutual_information_equals_the_formula(similarity, num_negatives):
         )
         for ours, formula in zip(value_and_gradient(fast, states), value_and_gradient(slow, states)):
             torch.testing.assert_close(ours, formula, rtol=1e-6, atol=1e-9, msg=f"case {seed}")
+
+
+@pytest.mark.parametrize("num_negatives", [None, 2])
+def test_documents_are_rows_of_their_own_and_chunks_change_nothing(num_negatives, monkeypatch):
+    """Rows cut into documents that need not be neighbours, computed two numbers at a time."""
+    monkeypatch.setattr(terms, "CHUNK", 2)
+    monkeypatch.setattr(terms, "EDGES", 2)
+    for seed in range(50):
+        states, ids, mask = random_case(seed)
+        documents = torch.randint(0, 3, ids.shape, generator=torch.Generator().manual_seed(seed))
+        eligible = eligible_negatives(ids, mask) & (documents[:, :, None] == documents[:, None])
+        chosen = drawn_negatives(ids, mask, num_negatives, seed, documents) if num_negatives else eligible
+        assert not (chosen & ~eligible).any()
+        fast = mutual_information_loss(
+            states, ids, mask, num_negatives=num_negatives, document_ids=documents, temperature=0.5,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        slow = naive_mutual_information(
+            states, ids + 10 * documents * (ids >= 0), mask, 0.5, "cosine",
+            lambda row, i: chosen[row, i].nonzero().flatten().tolist(),
+        )
+        for ours, formula in zip(value_and_gradient(fast, states), value_and_gradient(slow, states)):
+            torch.testing.assert_close(ours, formula, rtol=1e-6, atol=1e-9, msg=f"case {seed}")
+
+
+def test_a_packed_row_equals_its_documents_in_rows_of_their_own():
+    states = torch.randn(2, 1, 8, 5, dtype=torch.float64)
+    ids, documents = torch.tensor([[0, 0, 1, 0, 0, 1, 1, 2]]), torch.tensor([[4, 4, 4, 7, 7, 7, 7, 7]])
+    apart = torch.stack([F.pad(states[:, 0, :3], (0, 0, 0, 2)), states[:, 0, 3:]], 1)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    for negatives in (None, 99):
+        torch.testing.assert_close(
+            mutual_information_loss(states, ids, torch.ones_like(ids), num_negatives=negatives, document_ids=documents),
+            mutual_information_loss(apart, torch.tensor([[0, 0, 1, 0, 0], [0, 0, 1, 1, 2]]), mask, num_negatives=None),
+        )
+
+
+def test_many_drawn_tokens_are_all_of_them():
+    for seed in range(20):
+        states, ids, mask = random_case(seed)
+        values = [mutual_information_loss(states, ids, mask, num_negatives=k) for k in (None, ids.shape[1], 10**6)]
+        values.append(mutual_information_loss(states, ids, mask, num_negatives=max(1, ids.shape[1] - 1)))
+        for value in values[1:]:
+            torch.testing.assert_close(value, values[0])
+
+
+@pytest.mark.parametrize("num_negatives", [None, 5])
+def test_a_word_of_many_tokens_needs_no_more_memory_than_others(num_negatives):
+    """A constituent of 700 tokens has 244,650 pairs; what is kept for the backward pass stays at the states' size."""
+    states = torch.randn(1, 1, 800, 4, dtype=torch.float64, requires_grad=True)
+    ids, mask = torch.arange(800).sub(699).clamp_min(0)[None], torch.ones(1, 800).long()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        fast = mutual_information_loss(states, ids, mask, num_negatives=num_negatives)
+    assert sum(kept) == states.numel()
+    if num_negatives is None:
+        scores = F.normalize(states[0, 0], dim=-1) @ F.normalize(states[0, 0], dim=-1).T / 0.1
+        costs = F.softplus(scores[:700, 700:].logsumexp(1, keepdim=True) - scores[:700, :700])
+        slow = costs[torch.ones(700, 700).triu(1).bool()].mean()
+        for ours, formula in zip(value_and_gradient(fast, states), value_and_gradient(slow, states)):
+            torch.testing.assert_close(ours, formula, rtol=1e-6, atol=1e-9)
+    else:
+        assert torch.isfinite(value_and_gradient(fast, states)[1]).all()
+
+
+def test_gradients_can_be_taken_twice_and_of_some_layers_only():
+    states, ids, mask = random_case(8, layers=3)
+    total = mutual_information_loss(states, ids, mask, num_negatives=None) + stability_loss(states, mask)
+    first = torch.autograd.grad(total, states, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(total, states)[0]) and first.abs().sum() > 0
+    leaves = [layer.detach().requires_grad_(index == 1) for index, layer in enumerate(states)]
+    total = mutual_information_loss(leaves, ids, mask, num_negatives=None) + stability_loss(leaves, mask)
+    total.backward()
+    torch.testing.assert_close(leaves[1].grad, first[1])
+    assert leaves[0].grad is leaves[2].grad is None
+
+
+def test_scalars_are_read_with_the_check():
+    outputs, ids, mask = torch.randn(4, 1, 3, 4), torch.tensor([[0, 0, 1]]), torch.ones(1, 3).long()
+    for weight in (0.5, 0):
+        found = CarmaLoss(CarmaConfig(carma_weight=weight))(
+            outputs, ids, mask, read=(torch.tensor(0.25, requires_grad=True), torch.tensor(3))
+        )
+        assert found.read == (0.25, 3.0)
+    assert CarmaLoss(CarmaConfig())(outputs, ids, mask).read == ()
 
 
 def test_stability_equals_the_formula():
@@ -292,14 +379,14 @@ def test_carma_loss_joins_the_terms():
     config = CarmaConfig(
         mi_layers=(1, 2), stability_layers=(2, 4), mi_weight=0.5, stability_weight=0.7, num_negatives=None
     )
-    terms = CarmaLoss(config)(tuple(outputs), ids, mask)
+    found = CarmaLoss(config)(tuple(outputs), ids, mask)
     torch.testing.assert_close(
-        terms.mutual_information, mutual_information_loss(outputs[2:4], ids, mask, num_negatives=None)
+        found.mutual_information, mutual_information_loss(outputs[2:4], ids, mask, num_negatives=None)
     )
-    torch.testing.assert_close(terms.stability, stability_loss(outputs[3:6], mask))
-    torch.testing.assert_close(terms.total, 0.5 * terms.mutual_information + 0.7 * terms.stability)
+    torch.testing.assert_close(found.stability, stability_loss(outputs[3:6], mask))
+    torch.testing.assert_close(found.total, 0.5 * found.mutual_information + 0.7 * found.stability)
     unread = [state if index - 1 in config.layers else None for index, state in enumerate(outputs)]
-    assert CarmaLoss(config)(unread, ids, mask) == terms
+    assert CarmaLoss(config)(unread, ids, mask) == found
 
 
 def test_weights_of_zero_switch_terms_off():
@@ -308,10 +395,10 @@ def test_weights_of_zero_switch_terms_off():
     only_mi = CarmaConfig(mi_weight=1, stability_weight=0, **layers)
     only_stability = CarmaConfig(mi_weight=0, stability_weight=1, **layers)
     assert only_mi.layers == (0, 1) and only_stability.layers == (1, 2)
-    terms = CarmaLoss(only_mi)(outputs, ids, mask)
-    assert terms.stability == 0 and terms.total == terms.mutual_information > 0
-    terms = CarmaLoss(only_stability)(outputs, ids, mask)
-    assert terms.mutual_information == 0 and terms.total == terms.stability > 0
+    found = CarmaLoss(only_mi)(outputs, ids, mask)
+    assert found.stability == 0 and found.total == found.mutual_information > 0
+    found = CarmaLoss(only_stability)(outputs, ids, mask)
+    assert found.mutual_information == 0 and found.total == found.stability > 0
     assert CarmaConfig(carma_weight=0, mi_layers=(0, 99)).layers == ()
     assert CarmaLoss(CarmaConfig(carma_weight=0))(outputs, ids, mask).total == 0
 
@@ -338,11 +425,34 @@ def test_published_defaults():
         (dict(num_negatives=0), "num_negatives must be"),
         (dict(num_negatives=2.5), "num_negatives must be"),
         (dict(similarity="euclidean"), "similarity must be one of"),
+        (dict(temperature=1e-30), "temperature must be greater than 0, at least 1e-06"),
+        (dict(temperature=float("nan")), "temperature must be"),
+        (dict(temperature=float("inf")), "temperature must be"),
+        (dict(temperature="0.1"), "temperature must be"),
+        (dict(temperature=True), "temperature must be"),
+        (dict(carma_weight=True), "carma_weight must lie"),
+        (dict(mi_weight="0.2"), "mi_weight must lie"),
+        (dict(stability_weight=None), "stability_weight must lie"),
+        (dict(carma_weight=float("inf")), "carma_weight must lie"),
+        (dict(num_negatives=True), "num_negatives must be"),
+        (dict(num_negatives=np.float64(5)), "num_negatives must be"),
+        (dict(mi_layers=3), "mi_layers must be"),
+        (dict(mi_layers="01"), "mi_layers must be"),
+        (dict(mi_layers=(False, True)), "mi_layers must be"),
+        (dict(mi_layers=()), "mi_layers must be"),
+        (dict(stability_layers=(0, 1.5)), "stability_layers must be"),
     ],
 )
 def test_config_rejects(setting, message):
     with pytest.raises(ValueError, match=message):
         CarmaConfig(**setting)
+
+
+def test_numbers_of_numpy_become_pythons():
+    config = CarmaConfig(np.float32(0.5), mi_layers=np.array([0, 2]), num_negatives=np.int64(3), temperature=np.float64(1))
+    assert config == CarmaConfig(0.5, mi_layers=(0, 2), num_negatives=3, temperature=1.0)
+    assert {type(config.carma_weight), type(config.temperature)} == {float}
+    assert {type(config.mi_layers[1]), type(config.num_negatives)} == {int}
 
 
 @pytest.mark.parametrize("depth, last", [(2, 1), (3, 1), (4, 1), (5, 2), (12, 4), (30, 9), (80, 24)])
@@ -394,6 +504,8 @@ STATES, IDS, MASK = (
         (STATES, IDS, MASK.float(), "attention_mask must hold integers"),
         (STATES, IDS - 2, MASK, "constituent_ids must be −1"),
         (STATES / 0, IDS, MASK, "NaN or infinity"),
+        (STATES[:, :0], IDS[:0], MASK[:0], "hidden_states are empty"),
+        (STATES[:, :, :0], IDS[:, :0], MASK[:, :0], "hidden_states are empty"),
     ],
 )
 def test_bad_input(states, ids, mask, message):
@@ -412,6 +524,11 @@ def test_one_bad_number_is_seen_even_where_no_pair_uses_it(bad):
     ):
         with pytest.raises(ValueError, match="NaN or infinity"):
             call()
+
+
+def test_scores_that_overflow_are_an_error_that_says_so():
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        mutual_information_loss(torch.full((1, 1, 3, 4), 1e17), IDS[:1], MASK[:1], similarity="dot", temperature=1e-6)
 
 
 def test_bad_settings_of_the_functions():
