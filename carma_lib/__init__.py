@@ -1,6 +1,7 @@
 """CARMA: mutual-information and stability losses for fine-tuning causal language models.
 
-`CarmaTrainer` is `transformers.Trainer` with the two terms; `CarmaLoss` is for your own loop;
+`CarmaTrainer` is `transformers.Trainer` with the two terms, `CarmaSFTTrainer` TRL's `SFTTrainer`, and
+`CarmaMixin` puts them on any other trainer; `CarmaLoss` is for your own loop;
 `constituent_aware_pooling` and `replace_synonyms` are the two interventions. Source: arXiv 2502.11066.
 """
 from __future__ import annotations
@@ -12,15 +13,16 @@ if TYPE_CHECKING:
     from carma_lib.losses import CarmaConfig, CarmaLoss, mutual_information_loss, stability_loss
     from carma_lib.synonyms.replacement import replace_synonyms
     from carma_lib.pooling import constituent_aware_pooling, pooling_grid
-    from carma_lib.trainer import CarmaTrainer
+    from carma_lib.trainer import CarmaMixin, CarmaSFTTrainer, CarmaTrainer
 
 __version__ = "0.1.0"
 _HOMES = {
     "CarmaConfig": "losses", "CarmaLoss": "losses", "mutual_information_loss": "losses", "stability_loss": "losses",
-    "CarmaTrainer": "trainer", "constituent_aware_pooling": "pooling", "pooling_grid": "pooling",
+    "CarmaMixin": "trainer", "CarmaSFTTrainer": "trainer", "CarmaTrainer": "trainer",
+    "constituent_aware_pooling": "pooling", "pooling_grid": "pooling",
     "replace_synonyms": "synonyms.replacement",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(set(_HOMES) - {"CarmaSFTTrainer"})  # which needs TRL
 
 
 def __getattr__(name: str):

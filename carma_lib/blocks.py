@@ -1,6 +1,13 @@
-"""The decoder blocks of a causal language model, and the hidden states between them."""
+"""The decoder blocks of a causal language model, and the states of the residual stream between them.
+
+Block l's state is what it hands to block l + 1, or for the last block what leaves it, before the final norm:
+(batch, tokens, width). States are read by hooks on the blocks, never from a model's own `hidden_states` tuple,
+which families lay out differently.
+"""
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -10,60 +17,98 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-class KeptHiddenStates:
-    """Keeps the outputs of the blocks named by `layers` while a forward pass runs, and of no others.
+class UnreadableStates(TypeError):
+    """The blocks of a model do not hand on one stream of (batch, tokens, width)."""
 
-    A block's output is read where it enters the next block, outside any checkpointed region, so it has its
-    gradient under both kinds of gradient checkpointing; the last block's is read where it leaves.
+
+class KeptStates:
+    """Keeps the states of the blocks named by `layers` (−1: what enters block 0) while a forward pass runs.
+
+    A state is read where it enters the next block, outside any checkpointed region, so it has its gradient under
+    both kinds of gradient checkpointing; the last block's is read where it leaves. `remove` takes the hooks off.
     """
 
-    def __init__(self, blocks: nn.ModuleList, layers: tuple[int, ...]) -> None:
-        self._num_layers = len(blocks)
-        self._kept: dict[int, Tensor] = {}
-        self._keeping = False
-        for layer in layers:
-            if layer + 1 < len(blocks):
-                blocks[layer + 1].register_forward_pre_hook(
-                    partial(self._keep_input, layer), with_kwargs=True
-                )
-            else:
-                blocks[layer].register_forward_hook(partial(self._keep_output, layer))
+    def __init__(self, blocks: nn.ModuleList, layers: Iterable[int]) -> None:
+        self._depth, self._layers = len(blocks), tuple(layers)
+        self._passes: list[dict[int, object]] = []
+        self._keeping = self._gradients_only = False
+        self._hooks = [
+            blocks[layer + 1].register_forward_pre_hook(partial(self._keep_input, layer), with_kwargs=True)
+            if layer + 1 < len(blocks) else blocks[layer].register_forward_hook(partial(self._keep_output, layer))
+            for layer in self._layers]
+
+    def remove(self) -> None:
+        """Take the hooks off the model and let go of what was kept."""
+        self._passes.clear()
+        while self._hooks:
+            self._hooks.pop().remove()
 
     @contextmanager
-    def during(self, keeping: bool):
-        """Keep within this context, unless told not to; recomputations in the backward pass come after it."""
-        self._kept.clear()
-        self._keeping = keeping
+    def during(self, *, gradients_only: bool = True) -> Iterator[None]:
+        """Keep within this context, by default of passes with gradients alone; not what backward recomputes."""
+        self._passes.clear()
+        self._keeping, self._gradients_only = True, gradients_only
         try:
             yield
         finally:
             self._keeping = False
 
-    def take(self, num_tokens: int) -> tuple[Tensor | None, ...]:
-        """The kept outputs in the order of a model's `hidden_states` (embeddings first), None elsewhere.
+    def take(self, rows: int, tokens: int, loss: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """The kept states, embeddings first: entry l + 1 is block l's; None where nothing was to be kept.
 
-        Virtual tokens that peft puts before the text are cut off: the last `num_tokens` positions remain.
+        Virtual tokens that peft puts before the text are cut off: the last `tokens` positions remain.
+        loss: if the model ran several times, the pass that this loss was computed from is taken.
+
+        Raises:
+            UnreadableStates: states of another shape, or a block that did not run.
+            ValueError: no pass with gradients, or no gradient reaches the states.
         """
-        kept, self._kept = self._kept, {}
-        if torch.is_grad_enabled() and not kept[max(kept)].requires_grad:
+        passes, self._passes = self._passes, []
+        if not passes:
+            raise ValueError("the model ran no forward pass with gradients: there are no states for CARMA")
+        kept = passes[0]
+        if loss is not None and len(passes) > 1:
+            kept = next((each for each in passes if _was_used(each[max(each)], loss)), kept)
+        states = {layer: _stream(kept.get(layer), layer, rows, tokens) for layer in self._layers}
+        last = max(states)
+        if self._gradients_only and not states[last].requires_grad:
             raise ValueError(
-                f"the output of block {max(kept)} has no gradient, CARMA could train nothing: unfreeze "
-                "parameters up to there, or set gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        states = {layer: state[:, -num_tokens:] for layer, state in kept.items()}
-        return (None, *(states.get(layer) for layer in range(self._num_layers)))
+                f"the output of block {last} has no gradient, CARMA could train nothing: unfreeze parameters up to "
+                "there, or let gradient checkpointing be non-reentrant ({'use_reentrant': False})")
+        return tuple(states.get(layer) for layer in range(-1, self._depth))
 
     def _keep_input(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._keeping:
-            self._kept[layer] = args[0] if args else kwargs["hidden_states"]
+            self._keep(layer, args[0] if args else kwargs.get("hidden_states"))
 
     def _keep_output(self, layer: int, module: nn.Module, args: tuple, output) -> None:
         if self._keeping:
-            self._kept[layer] = output[0] if isinstance(output, tuple) else output
+            self._keep(layer, output[0] if isinstance(output, (tuple, list)) else output)
+
+    def _keep(self, layer: int, state: object) -> None:
+        if self._gradients_only and not torch.is_grad_enabled() and not getattr(state, "requires_grad", False):
+            return
+        if not self._passes or layer in self._passes[-1]:
+            self._passes.append({})
+        self._passes[-1][layer] = state
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The causal language model inside peft, DDP or torch.compile wrappers."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the forward pass of the language model names this argument."""
+    return argument in inspect.signature(language_model(model).forward).parameters
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks of a causal language model, plain or wrapped (peft, DDP, torch.compile), in order.
+
+    Their number is that of the text config, and they are sought in the model's own decoder, so a vision tower of
+    the same depth is not taken for them.
 
     Raises:
         TypeError: an encoder, an encoder-decoder, or a model whose blocks cannot be found.
@@ -71,22 +116,122 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     inner = language_model(model)
     config = getattr(inner, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False) or _is_encoder(inner):
-        raise TypeError(
-            f"{type(inner).__name__} is no decoder-only language model: load AutoModelForCausalLM"
-        )
-    depth = config.get_text_config().num_hidden_layers
-    for module in inner.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise TypeError(
-        f"{type(inner).__name__} has no list of {depth} decoder blocks to read hidden states from"
-    )
+        raise TypeError(f"{type(inner).__name__} is no decoder-only language model: load AutoModelForCausalLM")
+    text = config.get_text_config(decoder=True)
+    depth = getattr(text, "decoder_layers", None) or getattr(text, "num_hidden_layers", None)
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+    for place in (decoder, inner) if text is config else (decoder,):
+        for module in place.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth:
+                return module
+    raise TypeError(f"{type(inner).__name__} has no list of {depth} decoder blocks to read hidden states from")
 
 
-def language_model(model: nn.Module) -> nn.Module:
-    """The causal language model inside peft, DDP or torch.compile wrappers."""
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def checked_blocks(model: nn.Module) -> nn.ModuleList:
+    """`decoder_blocks` of a model whose states can be trained on, tried on three tokens without gradients.
+
+    The model stays in its mode, and no random number is drawn. What cannot be tried (weights that are not here,
+    as under DeepSpeed ZeRO-3; a model that needs more than token ids) is left to the first training step.
+
+    Raises:
+        TypeError: as `decoder_blocks`; a model that passes over whole blocks at random; blocks whose states are
+            not one stream of (batch, tokens, width), or not the hidden states that the model itself reports.
+    """
+    blocks, inner = decoder_blocks(model), language_model(model)
+    name, text = type(inner).__name__, inner.config.get_text_config(decoder=True)
+    for setting in ("layerdrop", "decoder_layerdrop"):
+        if getattr(text, setting, 0):
+            raise UnreadableStates(f"{name} passes over whole blocks at random while it trains, so states are "
+                                   f"missing: set model.config.{setting} = 0 before the model is made")
+    if any(weight.is_meta or not weight.numel() for weight in model.parameters()):
+        return blocks
+    ids = torch.ones(1, 3, dtype=torch.long)
+    try:
+        with evaluation_mode(model), torch.random.fork_rng(devices=[]):
+            states, outputs = _read(model, {"input_ids": ids}, output_hidden_states=True)
+    except UnreadableStates as error:
+        raise UnreadableStates(f"{name} cannot be trained with CARMA: {error}") from None
+    except Exception:  # whatever a model needs beyond token ids, its own training step says better
+        return blocks
+    reported = [state[:, -ids.size(1):] for state in getattr(outputs, "hidden_states", None) or ()]
+    for layer, state in enumerate(states[1:-1] if reported else ()):
+        if not any(state.shape == each.shape and torch.allclose(state, each, 0, 0, equal_nan=True)
+                   for each in reported):
+            raise UnreadableStates(f"{name} cannot be trained with CARMA: what leaves its block {layer} is none of "
+                                   "the hidden states that the model reports")
+    return blocks
+
+
+def read_states(model: nn.Module, batch: Mapping[str, Tensor], *, final_norm: bool = False) -> tuple[Tensor, ...]:
+    """What enters block 0, then what leaves each block, (batch, tokens, width) each, on the model's device.
+
+    batch: `input_ids` and, if there, `attention_mask` and `position_ids` (batch, tokens), on any device; other
+        entries are ignored. Virtual tokens that peft puts before the text are cut off.
+    final_norm: whether the last entry is taken after the final norm, where the head reads it: the last one of the
+        model's own `hidden_states`.
+
+    The model runs without gradients, in the mode that it is in.
+
+    Raises:
+        TypeError: as `decoder_blocks`, or states that are not one stream of (batch, tokens, width).
+    """
+    states, outputs = _read(model, batch, output_hidden_states=final_norm)
+    if final_norm:
+        states = (*states[:-1], outputs.hidden_states[-1][:, -states[-1].size(1):])
+    return states
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within this context every module is in evaluation mode; afterwards each is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def _read(model: nn.Module, batch: Mapping[str, Tensor], **settings) -> tuple[tuple[Tensor, ...], object]:
+    blocks, device = decoder_blocks(model), next(model.parameters()).device
+    wanted = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: batch[name].to(device) for name in wanted if name in batch}
+    if takes(model, "logits_to_keep"):
+        settings["logits_to_keep"] = 1
+    kept = KeptStates(blocks, range(-1, len(blocks)))
+    try:
+        with kept.during(gradients_only=False):
+            outputs = model(**inputs, use_cache=False, **settings)
+        return kept.take(*inputs["input_ids"].shape), outputs
+    finally:
+        kept.remove()
+
+
+def _stream(state: object, layer: int, rows: int, tokens: int) -> Tensor:
+    """The state itself, without what stands before the text; an error in one line if it is no state."""
+    if state is None:
+        raise UnreadableStates(f"block {layer} handed on no state: it was passed over, or takes no hidden_states")
+    if not isinstance(state, Tensor) or state.dim() != 3 or state.size(0) != rows or state.size(1) < tokens:
+        found = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+        raise UnreadableStates(f"block {layer} hands on {found}, not one stream of (batch, tokens, width) with "
+                               f"{rows} × {tokens} tokens")
+    return state[:, state.size(1) - tokens:]
+
+
+def _was_used(state: Tensor, loss: Tensor) -> bool:
+    """Whether a loss was computed from a state: its node is in the loss's graph."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node is state.grad_fn:
+            return True
+        seen.add(node)
+        nodes.extend(before for before, _ in node.next_functions)
+    return False
 
 
 def _is_encoder(model: nn.Module) -> bool:

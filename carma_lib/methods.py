@@ -1,7 +1,7 @@
 """The methods of fine-tuning that a study compares: plain, CARMA and its parts, and what people use instead.
 
 Each has one main hyperparameter, its `strength`, so that all can be tuned with the same number of trials. A
-method is data here; what two of them add to a training step stands in the two trainers at the end.
+method is an entry of the table; those that add a penalty to the loss are the trainers at the end.
 """
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from carma_lib.blocks import language_model
 from carma_lib.losses import CarmaConfig
 from carma_lib.trainer import CarmaTrainer
+
+PLAIN = CarmaConfig(carma_weight=0)
 
 
 class Method(NamedTuple):
@@ -46,13 +49,13 @@ R_DROP_DROPOUT = 0.1  # on attention, where a family has no other dropout
 CARMA_METHODS = ("carma", "mutual_information_only", "stability_only")
 
 
-def method_config(method: str, carma: CarmaConfig, strength: float | None = None) -> CarmaConfig | None:
-    """The CARMA terms of a method, λ = `strength` if given; None for the methods that have none.
+def method_config(method: str, carma: CarmaConfig, strength: float | None = None) -> CarmaConfig:
+    """The CARMA terms of a method, λ = `strength` if given; λ = 0 for the methods that have none.
 
     The parts alone have weight 1 (published ablations).
     """
     if method not in CARMA_METHODS:
-        return None
+        return PLAIN
     weights = {"carma": {}, "mutual_information_only": {"mi_weight": 1.0, "stability_weight": 0.0},
                "stability_only": {"mi_weight": 0.0, "stability_weight": 1.0}}[method]
     return replace(carma, **weights, **({} if strength is None else {"carma_weight": strength}))
@@ -68,11 +71,12 @@ def check_method(method: str) -> str:
 def make_trainer(method: str, model: nn.Module, arguments: TrainingArguments, *, carma: CarmaConfig,
                  strength: float | None = None, train_dataset: Sequence[dict], data_collator: Callable,
                  eval_dataset: Sequence[dict] | None = None, callbacks: list | None = None) -> CarmaTrainer:
-    """The trainer of a method for single-target rows, ready to `train()`.
+    """The trainer of a method for rows with `target_id` or `labels`, ready to `train()`.
 
     strength: the method's main hyperparameter, None for its default. Training rows come as they are: those of
     `synonym_augmentation` hold the copies already. A batch of `r_drop` has half as many items, each passed
-    twice, so that every method's step costs the same.
+    twice, so that every method's step costs the same. The logged `task_loss` is the cross-entropy alone, whatever
+    a method adds to it.
 
     Raises `ValueError` for an unknown method, "untuned", or a strength that is not above 0.
     """
@@ -87,71 +91,101 @@ def make_trainer(method: str, model: nn.Module, arguments: TrainingArguments, *,
                                 "data_collator": data_collator, "callbacks": callbacks}
     if method == "r_drop":
         arguments.per_device_train_batch_size = max(1, arguments.per_device_train_batch_size // 2)
-        return RDropTrainer(model, arguments, alpha=strength, **settings)
-    if method == "l2_sp":
-        return L2SPTrainer(model, arguments, alpha=strength, **settings)
-    if method == "neftune":
+    elif method == "neftune":
         arguments.neftune_noise_alpha = strength
-    elif method == "label_smoothing":
-        arguments.label_smoothing_factor = strength
+    if method in PENALTIES:
+        return PENALTIES[method](model, arguments, strength=strength, **settings)
     return CarmaTrainer(model, arguments, carma=method_config(method, carma, strength), **settings)
 
 
-class RDropTrainer(CarmaTrainer):
-    """L = ½ (CE₁ + CE₂) + α ¼ (KL(p₁ ‖ p₂) + KL(p₂ ‖ p₁)), the paper's loss over two (arXiv 2106.14448, eq. 4).
+class PenaltyTrainer(CarmaTrainer):
+    """L = L_task + the mean penalty of a micro-batch, while training; subclasses say which by `penalty`.
 
-    p₁ and p₂ (batch, vocabulary) are the answers of two passes of one batch under different dropout, made
-    as one pass of a doubled batch. A model without any dropout gets 0.1 on its attention.
-
-    Raises `TypeError` for a model that has no dropout to switch on, `ValueError` for batches without
-    `target_ids`.
+    Logs hold `task_loss` and `penalty` beside their sum, `loss`. `strength` is the method's hyperparameter.
     """
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, *, alpha: float, train_dataset: Sequence[dict],
-                 eval_dataset: Sequence[dict] | None, data_collator: Callable, callbacks: list | None) -> None:
-        _switch_dropout_on(model)
-        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-                         data_collator=data_collator, callbacks=callbacks)
-        self._alpha = alpha
+    def __init__(self, *args, strength: float, **kwargs) -> None:
+        super().__init__(*args, carma=PLAIN, **kwargs)
+        self.strength = strength
+
+    def penalty(self, model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+        """A scalar; logits (answers, vocabulary) in float32 and the tokens (answers,) that were right."""
+        raise NotImplementedError
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
                      num_items_in_batch=None):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if "target_ids" not in inputs:
-            raise ValueError("R-Drop here is for single-target rows: batches need target_ids")
-        twice = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
-        loss, outputs = super().compute_loss(model, twice, True, num_items_in_batch)
-        first, second = outputs.logits[:, -1].float().log_softmax(-1).chunk(2)
-        apart = (F.kl_div(first, second, log_target=True, reduction="batchmean")
-                 + F.kl_div(second, first, log_target=True, reduction="batchmean"))
-        loss = loss + self._alpha * apart / 4
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if "target_ids" in inputs:
+            logits, targets = outputs.logits[:, -1].float(), inputs["target_ids"]
+        else:
+            answered = inputs["labels"][:, 1:] != -100
+            logits, targets = outputs.logits[:, :-1][answered].float(), inputs["labels"][:, 1:][answered]
+        penalty, share = self.penalty(model, logits, targets), self.share_of_step(num_items_in_batch)
+        self.record(task_loss=loss / share, penalty=penalty)
+        loss = loss + share * penalty
         return (loss, outputs) if return_outputs else loss
 
 
-class L2SPTrainer(CarmaTrainer):
-    """L = CE + α/2 Σ (w − w⁰)² over all trained weights w, w⁰ those before training (arXiv 1802.01483, eq. 3)."""
+class RDropTrainer(PenaltyTrainer):
+    """L = ½ (CE₁ + CE₂) + α ¼ (KL(p₁ ‖ p₂) + KL(p₂ ‖ p₁)), the paper's loss over two (arXiv 2106.14448, eq. 4).
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, *, alpha: float, train_dataset: Sequence[dict],
-                 eval_dataset: Sequence[dict] | None, data_collator: Callable, callbacks: list | None) -> None:
-        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-                         data_collator=data_collator, callbacks=callbacks)
-        self._alpha = alpha
-        self._trained = [weight for weight in model.parameters() if weight.requires_grad]
-        self._start = [weight.detach().clone() for weight in self._trained]
+    p₁ and p₂ (answers, vocabulary) are the answers of two passes of one batch under different dropout, made
+    as one pass of a doubled batch; `strength` is α. A model without any dropout gets 0.1 on its attention.
+
+    Raises `TypeError` for a model that has no dropout to switch on.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        _switch_dropout_on(self.model)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
                      num_items_in_batch=None):
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not model.training:
-            return found
-        away = torch.stack([(weight - start).square().sum() for weight, start in zip(self._trained, self._start)])
-        penalty = self._alpha / 2 * away.sum()
-        return (found[0] + penalty, found[1]) if return_outputs else found + penalty
+        if model.training:
+            inputs = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
+            num_items_in_batch = None if num_items_in_batch is None else 2 * num_items_in_batch
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def penalty(self, model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+        first, second = logits.log_softmax(-1).chunk(2)
+        return self.strength / 4 * (F.kl_div(first, second, log_target=True, reduction="batchmean")
+                                    + F.kl_div(second, first, log_target=True, reduction="batchmean"))
+
+
+class LabelSmoothingTrainer(PenaltyTrainer):
+    """L = (1 − ε) CE + ε · mean over the vocabulary of −log p, `strength` being ε (arXiv 1512.00567, section 7)."""
+
+    def penalty(self, model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.strength * (-logits.log_softmax(-1).mean() - F.cross_entropy(logits, targets))
+
+
+class L2SPTrainer(PenaltyTrainer):
+    """L = CE + α/2 Σ (w − w⁰)² over all trained weights w, w⁰ those before training (arXiv 1802.01483, eq. 3).
+
+    `strength` is α. Raises `ValueError` where processes share the weights out among them (FSDP, ZeRO-3).
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._start = {name: weight.detach().clone() for name, weight in language_model(self.model).named_parameters()
+                       if weight.requires_grad}
+
+    def penalty(self, model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+        trained = dict(language_model(model).named_parameters())
+        if any(name not in trained or trained[name].shape != start.shape or type(trained[name]) is not nn.Parameter
+               for name, start in self._start.items()):
+            raise ValueError("L2-SP needs whole weights in every process: train it without FSDP or ZeRO-3")
+        away = [(trained[name] - start.to(trained[name].device)).square().sum() for name, start in self._start.items()]
+        return self.strength / 2 * torch.stack(away).sum()
+
+
+PENALTIES = {"r_drop": RDropTrainer, "l2_sp": L2SPTrainer, "label_smoothing": LabelSmoothingTrainer}
 
 
 def _switch_dropout_on(model: nn.Module) -> None:
-    """Dropout on attention where the model has none at all: families after GPT-2 are trained without."""
+    """Dropout on attention if the model has none at all: families after GPT-2 are trained without."""
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return
     places = [module for module in model.modules() if isinstance(getattr(module, "attention_dropout", None), float)]

@@ -1,211 +1,264 @@
-"""`CarmaTrainer`: the Hugging Face Trainer with CARMA's two terms; with λ = 0 it is plain fine-tuning."""
-
+"""CARMA in a trainer: a mixin over any Hugging Face trainer, and the two made of it for `Trainer` and `SFTTrainer`."""
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
+import warnings
+import weakref
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, default_data_collator
 
-from carma_lib.blocks import KeptHiddenStates, decoder_blocks, language_model
+from carma_lib.blocks import KeptStates, checked_blocks, decoder_blocks, takes
 from carma_lib.collate import Collator
 from carma_lib.losses import CarmaConfig, CarmaLoss
+from carma_lib.words import WordTable, document_ids
 
-LOGGED = ("task_loss", "mutual_information", "stability")
-
-
-def single_target_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`accuracy` and `task_loss`, means over rows, from (predicted ids, cross-entropies) and target ids."""
-    predicted, losses = prediction.predictions
-    return {
-        "accuracy": float(np.mean(predicted == prediction.label_ids)),
-        "task_loss": float(np.mean(losses)),
-    }
+OWN_COLUMNS = ("constituent_ids", "target_id", "target_ids")
 
 
-class CarmaTrainer(Trainer):
-    """Fine-tune a causal language model with L = (1 − λ) L_task + λ (γ L_MI + η L_stability).
+class CarmaMixin:
+    """Adds CARMA to a trainer that follows it in the bases: L = (1 − λ) L_task + λ (γ L_MI + η L_stability).
 
-    Batches hold `input_ids`, `attention_mask`, `constituent_ids` (needed while training with λ > 0), and
-    either `target_ids` (batch,), with L_task the cross-entropy of that one token at the last position of a
-    batch padded on the left, or `labels` (batch, tokens), with L_task the model's own shifted language-model
-    loss; `carma_lib.collate` makes both. The terms are means over a micro-batch: neither accumulation nor
-    the number of processes changes their scale. Logs add `task_loss`, `mutual_information`, `stability` and
-    `weighted_…`, the shares that add up to `loss`. Evaluation adds `task_loss` and `accuracy` for
-    single-target rows, so `metric_for_best_model="accuracy"` works, and computes no CARMA term.
+        class Mine(CarmaMixin, AnyTrainer): ...
+        Mine(model, args, carma=CarmaConfig(), ...)  # every other argument is the trainer's own
+
+    L_task is the loss of the trainer below, computed once by its own `compute_loss`; with λ = 0 nothing is added to
+    it and training is that trainer's, bit for bit. Words come from the batch's `constituent_ids` (batch, tokens) if
+    it has them, else from `input_ids` by the tokenizer's vocabulary; documents that are packed into one row, told
+    by `position_ids` or the attention mask, never share a word nor give each other negatives.
+
+    Rows of a single answer, as `carma_lib.collate.encode` makes them, have `target_ids` (batch,) in place of
+    `labels`, padded on the left: L_task is then the cross-entropy of that token after the last position, only that
+    position's logits are computed, and evaluation adds `accuracy` and `task_loss`, means over rows. `predict` gives
+    (predicted ids, cross-entropies) for them.
+
+    The terms are means over a micro-batch, so neither accumulation nor the number of processes changes their scale.
+    Training logs add `task_loss`, `mutual_information`, `stability` and `weighted_…`, the shares that add up to
+    `loss`. Evaluation computes no term. A step with λ > 0 reads from the device once, one with λ = 0 never.
 
     Args:
-        model: any causal language model of transformers, plain or wrapped by peft.
-        args: as for Trainer; `remove_unused_columns` is set to False.
-        carma: the terms, or None for plain fine-tuning.
-        data_collator: `Collator(processing_class)` if None.
-        train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers: as for Trainer.
+        carma: the terms and their weights; `CarmaConfig()` by default. `CarmaConfig(carma_weight=0)` is the base
+            trainer itself.
 
     Raises:
-        TypeError: the model is an encoder, or its decoder blocks cannot be found.
-        ValueError: layers that do not exist, several GPUs in one process, a batch without `constituent_ids`,
-            a single-target batch padded on the right, NaN or infinity in the loss.
+        TypeError: λ > 0 and the model is an encoder, or its blocks hand on no stream that can be read.
+        ValueError: layers that do not exist; several GPUs in one process; no tokenizer and no `constituent_ids`;
+            hidden states or, with λ > 0, a loss that is not finite; single-answer rows that are padded right or,
+            at the next log, have a loss that is not finite.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel | nn.Module,
-        args: TrainingArguments,
-        *,
-        carma: CarmaConfig | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        data_collator: Callable | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
-        callbacks: list | None = None,
-        optimizers: tuple = (None, None),
-    ) -> None:
-        blocks = decoder_blocks(model)
-        self.carma = (carma or CarmaConfig(carma_weight=0)).for_depth(len(blocks))
-        if self.carma.layers and args.n_gpu > 1:
-            raise ValueError(
-                "several GPUs in one process are not supported: start one process a GPU with torchrun"
-            )
-        if data_collator is None:
-            if processing_class is None:
-                raise ValueError("pass the tokenizer as processing_class, or a data_collator")
-            data_collator = Collator(processing_class)
-        args.remove_unused_columns = False
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            data_collator=data_collator,
-            compute_metrics=compute_metrics or single_target_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        self._carma_loss = CarmaLoss(self.carma)
-        self._kept = KeptHiddenStates(blocks, self.carma.layers)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(language_model(model).forward).parameters
-        self._negatives = torch.Generator(args.device)
-        self._micro_step = (-1, 0)
-        self._reset_tally()
+    def __init__(self, *args, carma: CarmaConfig | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.carma = CarmaConfig() if carma is None else carma
+        self._kept = self._attached = self._terms = self._word_table = self._unchecked = None
+        self._tally, self._misplaced, self._micro_step = {}, [], (-1, 0)
+        _warn_of_half_precision(self.model)
+        if self._weighted():
+            if self.args.n_gpu > 1:
+                raise ValueError("several GPUs in one process are not supported: start one process a GPU with torchrun")
+            self.carma.for_depth(len(checked_blocks(self.model)))
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch=None,
-    ):
+    def train(self, *args, **kwargs):
+        """As in the base trainer; afterwards no hook of CARMA is on the model."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._detach()
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
+                     num_items_in_batch=None):
+        """The base trainer's loss, and while training with λ > 0 the terms beside it."""
         inputs = dict(inputs)
-        constituent_ids = inputs.pop("constituent_ids", None)
-        regularised = model.training and bool(self.carma.layers)
-        if regularised and constituent_ids is None:
-            raise ValueError(
-                "carma_weight > 0 needs constituent_ids in every batch: see carma_lib.collate.encode"
-            )
-        with self._kept.during(regularised):
-            task_loss, outputs = self._task_loss(model, inputs, num_items_in_batch)
-        loss, parts, share = task_loss, [], 1.0
-        if regularised:
-            attention_mask = inputs.get("attention_mask")
-            if attention_mask is None:
-                attention_mask = torch.ones_like(constituent_ids)
-            states = self._kept.take(constituent_ids.size(1))
-            terms = self._carma_loss(
-                states, constituent_ids, attention_mask, generator=self._seeded_generator()
-            )
-            # Trainer divides a loss by the number of micro-batches, unless num_items_in_batch normalised it.
-            share = 1 / self.current_gradient_accumulation_steps
-            normalised = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            weight = self.carma.carma_weight
-            loss = (1 - weight) * task_loss + weight * (share if normalised else 1) * terms.total
-            parts = [
-                task_loss / share if normalised else task_loss,
-                terms.mutual_information,
-                terms.stability,
-            ]
-        self._check_and_tally(loss, inputs, parts, share)
-        return (loss, outputs) if return_outputs else loss
+        words = inputs.pop("constituent_ids", None)
+        base = partial(self._base_loss, model, inputs, return_outputs, num_items_in_batch)
+        if not (model.training and self._weighted()):
+            return base()
+        if self._attached is not self.model:  # the first step, or another model since
+            self._attach()
+        ids, mask = inputs.get("input_ids", words), inputs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        documents = document_ids(position_ids=inputs.get("position_ids"), attention_mask=mask)
+        mask = torch.ones_like(ids) if mask is None else mask
+        if words is None:
+            words = self._words().constituent_ids(ids, mask, documents)
+        with self._kept.during():
+            found = base()
+        task_loss = found[0] if return_outputs else found
+        terms = self._terms(self._kept.take(*ids.shape, task_loss), words, mask.bool(), document_ids=documents,
+                            generator=self._seeded_generator(ids.device), read=[task_loss.detach(), *self._misplaced])
+        self._check(*terms.read)
+        weight, share = self.carma.carma_weight, self.share_of_step(num_items_in_batch)
+        loss = (1 - weight) * task_loss + weight * share * terms.total
+        self.record(task_loss=task_loss / share, mutual_information=terms.mutual_information,
+                    stability=terms.stability)
+        return (loss, found[1]) if return_outputs else loss
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys=None
-    ):
-        """As in Trainer; single-target rows give (predicted ids, cross-entropies), never logits."""
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool,
+                        ignore_keys=None):
+        """As in the base trainer; single-answer rows give (predicted ids, cross-entropies), never logits."""
+        inputs = {name: value for name, value in inputs.items() if name != "constituent_ids"}
         if "target_ids" not in inputs:
-            loss_only = prediction_loss_only or self.compute_metrics is single_target_metrics
-            return super().prediction_step(model, inputs, loss_only, ignore_keys)
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
-        logits = outputs.logits[:, -1].float()
-        losses = F.cross_entropy(logits, inputs["target_ids"], reduction="none")
-        return loss, (logits.argmax(-1), losses), inputs["target_ids"]
+        logits, targets = outputs.logits[:, -1].float(), inputs["target_ids"]
+        predicted, losses = logits.argmax(-1), F.cross_entropy(logits, targets, reduction="none")
+        gathered = self.accelerator.gather_for_metrics((predicted == targets, losses))
+        self._answers.append(torch.stack([each.cpu().double() for each in gathered]))
+        return (loss, None, None) if prediction_loss_only else (loss, (predicted, losses), targets)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the terms, averaged over processes and the steps since the last log, to training logs."""
-        if "loss" in logs and self._tallied_steps:
-            means = torch.tensor(
-                self._tally / self._tallied_steps, dtype=torch.float32, device=self.args.device
-            )
-            means = dict(zip(LOGGED, self.accelerator.reduce(means, reduction="mean").tolist()))
-            carma = self.carma
-            weights = {
-                "task_loss": 1 - carma.carma_weight,
-                "mutual_information": carma.carma_weight * carma.mi_weight,
-                "stability": carma.carma_weight * carma.stability_weight,
-            }
-            shown = {name: value for name, value in means.items() if name == "task_loss" or weights[name]}
-            logs |= shown | {f"weighted_{name}": weights[name] * value for name, value in shown.items()}
-            self._reset_tally()
-        super().log(logs, start_time)
+    def evaluation_loop(self, *args, **kwargs):
+        """As in the base trainer, with `accuracy` and `task_loss` where rows have a single answer."""
+        self._answers: list[Tensor] = []
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._answers:
+            prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+            means = torch.cat(self._answers, dim=1).mean(dim=1).tolist()
+            for name, value in zip(("accuracy", "task_loss"), means):
+                output.metrics.setdefault(f"{prefix}_{name}", value)
+        return output
 
-    def _task_loss(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch):
+    def share_of_step(self, num_items_in_batch) -> float:
+        """What a micro-batch's mean must be multiplied by when it is added to the base trainer's loss.
+
+        `Trainer` divides a loss by the number of micro-batches of a step, unless the loss is normalised by the items
+        of all of them already; what is added must then be divided here.
+        """
+        normalised = getattr(self, "loss_is_scaled_for_ga", None)
+        if normalised is None:
+            normalised = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None)
+        return 1 / self._micro_batches if normalised else 1.0
+
+    def record(self, **values: Tensor) -> None:
+        """Add a micro-batch's scalars to the next training log, where their means over its steps appear."""
+        share = 1 / self._micro_batches
+        for name, value in values.items():
+            total, steps = self._tally.get(name, (0.0, 0.0))
+            self._tally[name] = total + share * value.detach().float(), steps + share
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add what was recorded, averaged over processes and the steps since the last log, to training logs."""
+        unchecked, self._unchecked = self._unchecked, None
+        if unchecked is not None:
+            self._check(*unchecked.tolist())
+        if "loss" in logs and self._tally:
+            means = torch.stack([total / steps for total, steps in self._tally.values()])
+            means = dict(zip(self._tally, self.accelerator.reduce(means, reduction="mean").tolist()))
+            shares, self._tally = self._shares(), {}
+            shown = {name: value for name, value in means.items() if name == "task_loss" or shares.get(name, 1)}
+            logs |= shown | {f"weighted_{name}": shares[name] * shown[name] for name in shares if name in shown}
+        super().log(logs, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in OWN_COLUMNS if name not in self._signature_columns]
+
+    def _base_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool, num_items_in_batch):
+        self._misplaced = []
         if "target_ids" not in inputs:
-            return super().compute_loss(
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
+            return super().compute_loss(model, inputs, return_outputs=return_outputs,
+                                        num_items_in_batch=num_items_in_batch)
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func needs rows with labels; single-answer rows have their own loss")
         forward = {name: value for name, value in inputs.items() if name != "target_ids"}
-        if self._keeps_logits:
+        if takes(model, "logits_to_keep"):
             forward["logits_to_keep"] = 1
         outputs = model(**forward)
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        logits = outputs.logits[:, -1].float()
-        return F.cross_entropy(logits, inputs["target_ids"], label_smoothing=smoothing), outputs
+        loss = F.cross_entropy(outputs.logits[:, -1].float(), inputs["target_ids"], label_smoothing=smoothing)
+        mask = inputs.get("attention_mask")
+        self._misplaced = [] if mask is None else [(mask[:, -1] == 0).any()]
+        if not (self._weighted() and model.training):  # looked at with the next log
+            found = torch.stack([loss.detach(), *(each.to(loss.dtype) for each in self._misplaced)])
+            self._unchecked = found if self._unchecked is None else self._unchecked + found
+        return (loss, outputs) if return_outputs else loss
 
-    def _check_and_tally(
-        self, loss: Tensor, inputs: dict[str, Tensor], parts: list[Tensor], share: float
-    ) -> None:
-        """All that the host needs of a micro-batch in one transfer, before the backward pass."""
-        ends_real = torch.ones_like(loss)
-        if "target_ids" in inputs and "attention_mask" in inputs:
-            ends_real = inputs["attention_mask"][:, -1].min().to(loss.dtype)
-        ends_real, value, *parts = torch.stack([ends_real, loss, *parts]).tolist()
-        if not ends_real:
-            raise ValueError(
-                "single-target batches must be padded on the left: use carma_lib.collate.Collator"
-            )
-        if not math.isfinite(value):
-            raise ValueError(f"the loss is {value} at step {self.state.global_step}: lower the learning rate")
-        if parts:
-            self._tally += share * np.array(parts)
-            self._tallied_steps += share
+    def _check(self, loss: float, misplaced: float = 0.0) -> None:
+        if misplaced:
+            raise ValueError("single-answer batches must be padded on the left: use carma_lib.collate.Collator")
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {self.state.global_step}: lower the learning rate")
 
-    def _seeded_generator(self) -> torch.Generator:
+    def _weighted(self) -> bool:
+        carma = self.carma
+        return bool(carma.carma_weight and (carma.mi_weight or carma.stability_weight))
+
+    def _shares(self) -> dict[str, float]:
+        carma = self.carma
+        return {"task_loss": 1 - carma.carma_weight, "mutual_information": carma.carma_weight * carma.mi_weight,
+                "stability": carma.carma_weight * carma.stability_weight} if self._weighted() else {}
+
+    @property
+    def _micro_batches(self) -> int:
+        return getattr(self, "current_gradient_accumulation_steps", 1)
+
+    def _attach(self) -> None:
+        """Find the blocks of the model that is trained now, and put hooks on those that the terms read."""
+        self._detach()
+        blocks = decoder_blocks(self.model)
+        config = self.carma.for_depth(len(blocks))
+        self._terms, self._kept, self._attached = CarmaLoss(config), KeptStates(blocks, config.layers), self.model
+        weakref.finalize(self, self._kept.remove)
+
+    def _detach(self) -> None:
+        if self._kept is not None:
+            self._kept.remove()
+        self._kept = self._attached = None
+
+    def _words(self) -> WordTable:
+        if self._word_table is None:
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            if not isinstance(tokenizer, PreTrainedTokenizerBase):
+                raise ValueError("carma_weight > 0 needs to know words: pass the tokenizer as processing_class, or "
+                                 "constituent_ids in every batch (carma_lib.collate.encode_text)")
+            self._word_table = WordTable(tokenizer)
+        return self._word_table
+
+    def _seeded_generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """Draws depend on seed, step, micro-batch and process alone, so resuming repeats them."""
         step = self.state.global_step
         self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
-        words = np.random.SeedSequence(
-            (self.args.seed, *self._micro_step, self.args.process_index)
-        ).generate_state(2)
-        return self._negatives.manual_seed((int(words[0]) << 31) ^ int(words[1]))
+        words = np.random.SeedSequence((self.args.seed, *self._micro_step, self.args.process_index)).generate_state(2)
+        return torch.Generator(device).manual_seed((int(words[0]) << 31) ^ int(words[1]))
 
-    def _reset_tally(self) -> None:
-        self._tally, self._tallied_steps = np.zeros(len(LOGGED)), 0.0
+
+class CarmaTrainer(CarmaMixin, Trainer):
+    """`transformers.Trainer` with CARMA: see `CarmaMixin`. Without a collator, rows that hold `constituent_ids` or
+    `target_id` are padded by `carma_lib.collate.Collator`, others as `Trainer` does."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        default = self.data_collator is default_data_collator or type(self.data_collator) is DataCollatorWithPadding
+        if default and isinstance(self.processing_class, PreTrainedTokenizerBase):
+            self.data_collator = partial(_collate, self.data_collator, self.processing_class)
+
+
+def __getattr__(name: str):
+    """`CarmaSFTTrainer` is made when it is first asked for, so that TRL is needed by those alone who use it."""
+    if name != "CarmaSFTTrainer":
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    try:
+        from trl import SFTTrainer
+    except ImportError as error:
+        raise ImportError(f"CarmaSFTTrainer needs TRL: pip install trl ({error})") from error
+    made = type(name, (CarmaMixin, SFTTrainer), {"__module__": __name__, "__doc__": (
+        "TRL's `SFTTrainer` with CARMA: every argument is `SFTTrainer`'s own, and `carma` is added (`CarmaMixin`).")})
+    return globals().setdefault(name, made)
+
+
+def _collate(base, tokenizer: PreTrainedTokenizerBase, rows: list) -> dict[str, Tensor]:
+    ours = isinstance(rows[0], dict) and ("constituent_ids" in rows[0] or "target_id" in rows[0])
+    return (Collator(tokenizer) if ours else base)(rows)
+
+
+def _warn_of_half_precision(model: nn.Module) -> None:
+    kinds = {weight.dtype for weight in model.parameters() if weight.requires_grad}
+    for kind in kinds & {torch.bfloat16, torch.float16}:
+        warnings.warn(f"the trained weights are {kind}, in which most small steps round to nothing: load the model "
+                      "with dtype=torch.float32 and pass bf16=True to the training arguments", stacklevel=4)

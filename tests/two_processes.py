@@ -1,4 +1,4 @@
-"""Run by test_training.py under torchrun: the same two rows in each process, results written by the first."""
+"""Run by test_trainer.py under torchrun: the same two rows in each process, results written by the first."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 torch.set_num_threads(1)
 
-from test_training import language_model_rows, losses, no_dropout, single_target_rows, trained, weights
+from test_trainer import language_model_rows, losses, no_dropout, single_target_rows, trained, weights
 from tiny import tiny_model
 
 folder = Path(sys.argv[1])

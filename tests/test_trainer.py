@@ -16,7 +16,8 @@ from transformers import Trainer, TrainingArguments
 
 from carma_lib.collate import Collator, encode, encode_text
 from carma_lib.losses import CarmaConfig, CarmaLoss
-from carma_lib.trainer import CarmaTrainer, KeptHiddenStates, decoder_blocks
+from carma_lib.blocks import KeptStates, decoder_blocks
+from carma_lib.trainer import CarmaTrainer
 
 CARMA = CarmaConfig(
     carma_weight=0.4,
@@ -26,6 +27,7 @@ CARMA = CarmaConfig(
     stability_layers=(0, 1),
     num_negatives=None,
 )
+PLAIN = CarmaConfig(carma_weight=0)
 TOKENIZER = byte_level_tokenizer()
 
 
@@ -89,7 +91,7 @@ def batch_of(rows):
 # λ = 0
 
 
-@pytest.mark.parametrize("carma", [None, CarmaConfig(carma_weight=0, mi_layers=(0, 99))])
+@pytest.mark.parametrize("carma", [PLAIN, CarmaConfig(carma_weight=0, mi_layers=(0, 99))])
 def test_weight_zero_is_plain_trainer_with_labels(tmp_path, carma):
     rows = language_model_rows()
     settings = dict(max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=2)
@@ -110,7 +112,7 @@ def test_weight_zero_is_plain_trainer_with_labels(tmp_path, carma):
 
 def test_weight_zero_is_plain_trainer_with_single_targets(tmp_path):
     rows = single_target_rows()
-    ours = trained(tmp_path, rows, carma=None, max_steps=4)
+    ours = trained(tmp_path, rows, carma=PLAIN, max_steps=4)
 
     def collate(batch):
         inputs = Collator(TOKENIZER)(batch)
@@ -134,21 +136,21 @@ def test_weight_zero_is_plain_trainer_with_single_targets(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_configured_blocks_are_kept(family):
     model, blocks_of = tiny_model(family, layers=4), decoder_blocks
-    kept = KeptHiddenStates(blocks_of(model), (1, 3))
+    kept = KeptStates(blocks_of(model), (1, 3))
     ids = torch.randint(0, 300, (2, 7), generator=torch.Generator().manual_seed(0))
     final = []
     blocks_of(model)[3].register_forward_hook(
         lambda m, a, o: final.append(o[0] if isinstance(o, tuple) else o)
     )
-    with kept.during(True):
+    with kept.during():
         states = model(ids, output_hidden_states=True).hidden_states
-    ours = kept.take(7)
+    ours = kept.take(2, 7)
     assert [state is not None for state in ours] == [False, False, True, False, True]
     assert torch.equal(ours[2], states[2]) and torch.equal(ours[4], final[0])
     model(ids)
-    with kept.during(False):
+    with kept.during(), torch.no_grad():
         model(ids)
-    assert kept._kept == {}
+    assert kept._passes == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -200,7 +202,7 @@ def test_terms_that_are_off_are_not_logged(tmp_path):
         tmp_path, single_target_rows(), carma=replace(CARMA, stability_weight=0)
     ).state.log_history[0]
     assert "mutual_information" in logged and not [name for name in logged if "stability" in name]
-    assert "task_loss" not in trained(tmp_path, single_target_rows(), carma=None).state.log_history[0]
+    assert "task_loss" not in trained(tmp_path, single_target_rows(), carma=PLAIN).state.log_history[0]
 
 
 # accumulation, processes, resumption
@@ -459,18 +461,15 @@ def test_models_that_cannot_be_trained(tmp_path):
 
 def test_layers_that_do_not_exist(tmp_path):
     with pytest.raises(ValueError, match="the config reads block 7, the model has blocks 0 to 2"):
-        CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=CarmaConfig(mi_layers=(0, 7), stability_layers=(0, 7)), processing_class=TOKENIZER)
-
-
-def test_no_tokenizer_and_no_collator(tmp_path):
-    with pytest.raises(ValueError, match="pass the tokenizer"):
-        CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=CARMA)
+        CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=CarmaConfig(mi_layers=(0, 7)))
 
 
 def test_bad_batches_stop_before_a_step(tmp_path):
     rows = single_target_rows()
-    with pytest.raises(ValueError, match="needs constituent_ids in every batch"):
-        trained(tmp_path, rows.remove_columns("constituent_ids"))
+    without = CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=CARMA, data_collator=Collator(TOKENIZER),
+                           train_dataset=rows.remove_columns("constituent_ids"))
+    with pytest.raises(ValueError, match="pass the tokenizer as processing_class"):
+        without.train()
 
     def pad_right(batch):
         return {
@@ -485,15 +484,16 @@ def test_bad_batches_stop_before_a_step(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("carma, message", [(None, "the loss is nan at step 0"), (CARMA, "NaN or infinity")])
-def test_nan_in_the_loss(tmp_path, carma, message):
+def test_nan_in_the_loss(tmp_path):
     model = tiny_model("gpt2")
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.bias.fill_(float("nan"))
     before = model.lm_head.weight.clone()
-    with pytest.raises(ValueError, match=message):
-        trained(tmp_path, single_target_rows(), model, carma=carma)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        trained(tmp_path, single_target_rows(), model)
     assert torch.equal(model.lm_head.weight, before)
+    with pytest.raises(ValueError, match="the loss is nan at step 1"):
+        trained(tmp_path, single_target_rows(), model, carma=PLAIN)
 
 
 def test_frozen_below_the_terms(tmp_path):
