@@ -59,7 +59,7 @@ class Bench:
         )
         last = min(7, config.n_layer - 2)
         self.configs = {
-            "fine_tuning": None,
+            "fine_tuning": CarmaConfig(carma_weight=0),
             "carma": _carma(last, 0.2, 0.3),
             "mutual_information_only": _carma(last, 1, 0),
             "stability_only": _carma(last, 0, 1),

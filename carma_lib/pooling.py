@@ -31,7 +31,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from carma_lib.blocks import decoder_blocks, language_model
+from carma_lib.blocks import decoder_blocks, evaluation_mode, language_model
 
 PROTOCOLS = ("sum", "mean", "max")
 DEPTH_SHARES = (0.01, 0.25, 0.5, 0.75, 1.0)
@@ -263,18 +263,6 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
             new = dict(hooks)
             hooks.clear()
             hooks.update(before | new)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within: every module is in evaluation mode; afterwards each is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_model(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], device: torch.device) -> bool:

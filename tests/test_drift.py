@@ -12,7 +12,7 @@ from carma_lib.collate import Collator
 from carma_lib.lab.drift import compare_with_start, hidden_state_drift, perplexity
 from carma_lib.report.plots import drift_by_layer
 from carma_lib.models import Prompt
-from carma_lib.trainer import decoder_blocks
+from carma_lib.blocks import decoder_blocks
 
 FAMILIES = ("gpt2", "llama", "gemma2")
 LENGTHS = (7, 1, 12, 4, 9, 2)

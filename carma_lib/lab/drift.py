@@ -14,10 +14,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from carma_lib.blocks import decoder_blocks, evaluation_mode, read_states
 from carma_lib.collate import Collator, encode, encode_text
 from carma_lib.models import Prompt
-from carma_lib.pooling import evaluation_mode
-from carma_lib.blocks import decoder_blocks
 
 Batch = dict[str, Tensor]
 
@@ -123,18 +122,9 @@ class _Layer:
 
 def _states(model: nn.Module, batch: Batch) -> list[Tensor]:
     """What enters block 0 and what leaves each block, (real tokens, width) each."""
-    inputs, kept = _inputs(model, batch), []
-    real, blocks = inputs["attention_mask"].bool(), decoder_blocks(model)
-    hooks = [blocks[0].register_forward_pre_hook(
-        lambda _, args, kwargs: kept.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)]
-    hooks += [block.register_forward_hook(lambda _, args, output: kept.append(output)) for block in blocks]
-    try:
-        model(**inputs, use_cache=False, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    streams = (each[0] if isinstance(each, tuple) else each for each in kept)
-    return [stream[:, -real.size(1):][real] for stream in streams]  # peft puts virtual tokens first
+    states = read_states(model, batch)
+    real = batch["attention_mask"].bool().to(states[0].device)
+    return [state[real] for state in states]
 
 
 def _inputs(model: nn.Module, batch: Batch) -> Batch:

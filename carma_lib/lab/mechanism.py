@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
+from carma_lib.blocks import evaluation_mode, read_states
 from carma_lib.losses import mutual_information_loss
-from carma_lib.pooling import evaluation_mode
 from carma_lib.synonyms.tagging import is_content, tagged_words
 
 Batch = dict[str, torch.Tensor]
@@ -39,9 +39,12 @@ def token_mutual_information(model: torch.nn.Module, batches: Iterable[Batch]) -
             number = int(same.triu(1).sum())
             if not number:
                 continue
-            losses = [mutual_information_loss([states], ids, batch["attention_mask"], num_negatives=NEGATIVES,
-                                              generator=torch.Generator().manual_seed(0)).item()
-                      for states in _hidden_states(model, batch)]
+            states = read_states(model, batch, final_norm=True)
+            device = states[0].device
+            losses = [mutual_information_loss([layer], ids.to(device), batch["attention_mask"].to(device),
+                                              num_negatives=NEGATIVES,
+                                              generator=torch.Generator(device).manual_seed(0)).item()
+                      for layer in states]
             totals, pairs = totals + number * np.array(losses), pairs + number
     if not pairs:
         raise ValueError("no word of two tokens in these texts: there is no pair to measure")
@@ -54,7 +57,8 @@ def final_states(model: torch.nn.Module, batches: Iterable[Batch], places: Itera
     parts, order = [], []
     with evaluation_mode(model):
         for batch, some in zip(batches, places, strict=True):
-            parts.append(torch.stack([states[:, -1].double() for states in _hidden_states(model, batch)[1:]]))
+            states = read_states(model, batch, final_norm=True)[1:]
+            parts.append(torch.stack([layer[:, -1] for layer in states]).cpu().double())
             order.extend(some)
     return torch.cat(parts, dim=1)[:, np.argsort(order)].numpy()
 
@@ -119,8 +123,3 @@ def _ridge(inputs: np.ndarray, outputs: np.ndarray):
     centred = inputs - centre
     weights = np.linalg.solve(centred.T @ centred + RIDGE * np.eye(inputs.shape[1]), centred.T @ (outputs - mean))
     return lambda new: mean + (new - centre) @ weights
-
-
-def _hidden_states(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
-    wanted = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    return model(**wanted, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states

@@ -54,6 +54,7 @@ def make_base(work_dir: Path, seed: int, layers: int, width: int, recipe: Recipe
 
     Trained once; its folder lies in `work_dir / "bases"`.
     """
+    from carma_lib.losses import CarmaConfig
     from carma_lib.trainer import CarmaTrainer
 
     folder, mark = _base(work_dir, seed, layers, width, recipe)
@@ -64,7 +65,7 @@ def make_base(work_dir: Path, seed: int, layers: int, width: int, recipe: Recipe
     rows = _text_rows(work_dir, "train")
     work = work_dir / "trainer" / f"base-{layers}x{width}-{seed}"
     trainer = CarmaTrainer(model, _arguments(work, recipe, seed, recipe.base_steps, recipe.base_learning_rate),
-                           train_dataset=rows, data_collator=Collator(tokenizer))
+                           carma=CarmaConfig(carma_weight=0), train_dataset=rows, data_collator=Collator(tokenizer))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     with whole_folder(folder) as temporary:
