@@ -4,14 +4,16 @@ import math
 import os
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
 
 from carma_lib.synonyms import replacement as perturbation
-from carma_lib.synonyms.wordnet import FUNCTION_WORDS, lemmas_of, synonym_forms
+from carma_lib.synonyms.wordnet import (
+    FUNCTION_WORDS, definition_pairs, is_coarse, lemmas_of, sense_counts, synonym_forms)
 from carma_lib.synonyms.replacement import (
-    Change, Replacement, replace_all, replace_synonyms, shift_spans, worst_replacement, worst_replacements)
+    Change, Replacement, replace_all, replace_synonyms, shift_spans, worst_replacements)
 from carma_lib.synonyms.quality import (
     first_lemma_of_any_sense, mark_changes, quality_table, replacement_quality)
 from carma_lib.synonyms.tagging import fixed_words, is_content, tagged_words
@@ -155,7 +157,12 @@ def test_inflection(before, source, after):
     ("unit", "a"),
     ("unique", "a"), ("unimportant", "an"), ("uninspired", "an"), ("unidentified", "an"), ("unanimous", "a"),
     ("usual", "a"), ("user", "a"), ("uranium", "a"), ("urban", "an"), ("ugly", "an"), ("utter", "an"),
-    ("European", "a"), ("one", "a"), ("oneself", "a"), ("onerous", "an"), ("ewe", "a"), ("year", "a")])
+    ("European", "a"), ("one", "a"), ("oneself", "a"), ("onerous", "an"), ("ewe", "a"), ("year", "a"),
+    ("oneness", "a"), ("onetime", "a"), ("unilluminated", "an"), ("unilateral", "a"), ("unironic", "an"), ("unity", "a"),
+    ("unissued", "an"), ("unimodal", "a"), ("x-ray", "an"), ("X", "an"), ("u-turn", "a"), ("T-shirt", "a"),
+    ("f-word", "an"), ("MRI", "an"), ("MRIs", "an"), ("FBI", "an"), ("UFO", "a"), ("NASA", "a"), ("HTML", "an"),
+    ("CEO", "a"), ("mp3", "an"), ("tv", "a"), ("8-bit", "an"), ("11th", "an"), ("18-hole", "an"), ("110-year", "a"),
+    ("80s", "an"), ("1800", "an"), ("yttrium", "an"), ("yacht", "a"), ("houri", "a"), ("ukulele", "a")])
 def test_article_by_sound(word, article):
     other = {"a": "an", "an": "a"}[article]
     done = replace_synonyms(f"{other} thingy", rate=1, seed=0, source={"thingy": [word]})
@@ -170,6 +177,24 @@ def test_article_keeps_its_capital_and_needs_its_word():
     assert replace_synonyms("A cat.", rate=1, seed=0, source=COLOURS).text == "An animal."
     assert replace_synonyms("An unhappy man.", rate=1, seed=0, source=COLOURS).text == "A sad man."
     assert replace_synonyms("Plan a, cat.", rate=1, seed=0, source=COLOURS).text == "Plan a, animal."
+
+
+@pytest.mark.parametrize("before, source, after", [
+    ('It is a "great" film.', {"great": ["excellent"]}, 'It is an "excellent" film.'),
+    ("an (ugly) film", {"ugly": ["hideous"]}, "a (hideous) film"),
+    ("an `` odd '' film", {"odd": ["strange"]}, "a `` strange '' film"),
+    ("A “great” film", {"great": ["excellent"]}, "An “excellent” film"),
+    ("a *great* film", {"great": ["excellent"]}, "an *excellent* film"),
+    ("Plan A goals matter.", {"goals": ["objectives"]}, "Plan A objectives matter."),
+    ("vitamin A lack", {"lack": ["insufficiency"]}, "vitamin A insufficiency"),
+    ("vitamin a lack", {"lack": ["insufficiency"]}, "vitamin a insufficiency"),
+    ("Grade A milk", {"milk": ["ale"]}, "Grade A ale"),
+    ('He said: "A cat!"', {"cat": ["animal"]}, 'He said: "An animal!"'),
+    ("(A cat.)", {"cat": ["animal"]}, "(An animal.)"), ("a, cat", {"cat": ["animal"]}, "a, animal"),
+    ("a) cat", {"cat": ["animal"]}, "a) animal"), ("a-cat", {"cat": ["animal"]}, "a-cat"),
+])
+def test_article_before_marks_and_letters(before, source, after):
+    assert replace_synonyms(before, rate=1, seed=0, source=source).text == after
 
 
 def test_span_is_respected():
@@ -249,6 +274,110 @@ def test_controlled_lexicon_is_a_source():
     assert done.stdout.strip() == "Old hounds zorblaxed.", "a dict needs no WordNet: " + done.stderr
 
 
+@pytest.mark.parametrize("source", [
+    {"big": "large"}, {"big": None}, {"big": [""]}, {"big": ["Big"]}, {"big": [None]}, {"big": ["big"]},
+    {"big": {"large", "huge"}}, {"big": [" large"]}, {"a": ["one"], "big": ["large"]}, {"An": ["one"]},
+    {"hot dog": ["sausage"]}, {"Big": ["Large"]}, {"": ["x"]}, {3: ["three"]}, "thesaurus", ["big", "large"], None])
+def test_a_dictionary_of_ones_own_is_checked(source):
+    for replace in (replace_synonyms, lambda text, **options: replace_all([text], **options)):
+        with pytest.raises((ValueError, TypeError), match="source|synonyms of") as refused:
+            replace("A big house", rate=1, seed=0, source=source)
+        assert len(str(refused.value).splitlines()) == 1
+    with pytest.raises(TypeError, match="list of words"):
+        replace_synonyms("Dogs bark.", rate=1, seed=0, source=lambda form, tag: form + "s")
+
+
+# What never comes out of WordNet
+
+def possible(text, seeds=6):
+    return {replace_synonyms(text, rate=1, seed=seed).text for seed in range(seeds)}
+
+
+@pytest.mark.parametrize("text", [
+    "He fell on his buttocks.", "The dog urinated there.", "The prostitute wept.", "It was rubbish and nonsense.",
+    "He saw an immaculate house.", "They copulated.", "A Chinese man sat there.", "He is a fool.", "The homosexual slept.",
+    "My breasts hurt.", "The lesbian left.", "He cheated them.", "It is excrement.", "A stupid person laughed."])
+def test_no_slur_and_no_coarse_word(text):
+    for changed in possible(text):
+        for word in tagged_words(changed):
+            assert word.form.lower() in text.lower() or not is_coarse(word.form), changed
+
+
+@pytest.mark.parametrize("word", [
+    "spic", "spick", "ass", "asses", "whore", "whores", "piss", "pissed", "pissing", "arse", "fanny", "nigger", "dago",
+    "faggot", "bastard", "cunt", "bitch", "retard", "crap", "shit", "kike", "slut", "tits", "screw", "gook", "coon"])
+def test_coarse_words_are_known(word):
+    assert is_coarse(word) and is_coarse(word.capitalize())
+
+
+@pytest.mark.parametrize("word", ["spotless", "movie", "film", "children", "kids", "large", "story", "assist", "purchase",
+                                  "gifted", "house", "grass", "shot", "woman", "attack", "wonderful", "often"])
+def test_plain_words_are_not_coarse(word):
+    assert not is_coarse(word)
+
+
+def test_no_coarse_word_in_many_replacements():
+    texts = definition_pairs()["definition"].drop_duplicates().sample(400, random_state=1).tolist()
+    done = replace_all(texts, rate=1, seed=0, source=functools.partial(synonym_forms, agreement=0.0))
+    changes = [change for each in done for change in each.changes]
+    assert len(changes) > 400
+    assert not [change for change in changes if is_coarse(change.after)]
+
+
+@pytest.mark.parametrize("text", [
+    "I love to see somebody beat him.", "She was letting him win.", "He lets them sleep.", "She is getting there.",
+    "Nobody is there.", "None of the others.", "Everybody and somebody.",
+    "He passed the Turing test.", "She won the Nobel prize.", "A Ford factory.", "The Hubble telescope.",
+    "The twist ending is great.", "Beginning and end are good.", "His acting.", "The singing was bad.",
+    "Every single one left.", "Soon after he left, she wept.", "Long before that.",
+    "Sick people benefit from exercise.", "They asked for film.", "She saw him leave.", "He made me weep."])
+def test_grammar_holds_words(text):
+    held = {"somebody", "letting", "lets", "getting", "nobody", "none", "others", "everybody", "test", "prize", "factory",
+            "telescope", "ending", "beginning", "acting", "singing", "single", "soon", "long", "exercise", "film", "saw",
+            "made"}
+    for changed in possible(text):
+        for word in tagged_words(text):
+            assert word.form.lower() not in held or word.form in changed
+
+
+def test_intensifier_is_kept():
+    assert all("a super long" in text for text in possible("I waited a super long time."))
+    assert all("pretty" in text for text in possible("It is pretty good."))
+
+
+# Letters and scripts
+
+@pytest.mark.parametrize("word", ["हिन्दी", "தமிழ்", "كِتَابٌ", "שָׁלוֹם", "น้ำ", "می‌خواهم", "co\u00adoperate",
+                                  "cafe\u0301", "naïve", "ক্ষমা", "q\u0307\u0323"])
+def test_a_word_stays_whole(word):
+    assert [each.form for each in tagged_words(f"x {word} y")] == ["x", word, "y"]
+    done = replace_synonyms(f"The {word} sat.", rate=1, seed=0, source={word: ["thing"]})
+    assert done.text == "The thing sat."
+
+
+def test_letters_with_marks_are_other_letters():
+    for form in ("NFC", "NFD"):
+        text = unicodedata.normalize(form, "a nice café")
+        assert replace_synonyms(text, rate=1, seed=0, source={"cafe": ["bar"]}).text == text
+        assert replace_synonyms(text, rate=1, seed=0, source={"café": ["bar"]}).text == "a nice bar"
+    assert replace_synonyms("to co\u00adoperate", rate=1, seed=0, source={"cooperate": ["help"]}).text == "to help"
+
+
+# Threads
+
+def test_threads_give_what_one_thread_gives():
+    code = ("import sys; from concurrent.futures import ThreadPoolExecutor\n"
+            "from carma_lib import replace_synonyms\n"
+            "texts = [f'The {a} and the {b} saw the {c}.' for a, b, c in zip(*[iter(sys.argv[2:])] * 3)]\n"
+            "with ThreadPoolExecutor(int(sys.argv[1])) as pool:\n"
+            "    print(*pool.map(lambda text: replace_synonyms(text, rate=1, seed=0).text, texts))")
+    nouns = sorted({key.split("%")[0] for key, count in sense_counts().items() if "%1:" in key and count > 9})
+    nouns = [noun for noun in nouns if noun.isalpha()][::20][:90]
+    outputs = {subprocess.run([sys.executable, "-c", code, threads, *nouns], capture_output=True, text=True,
+                              check=True).stdout for threads in ("1", "4")}
+    assert len(outputs) == 1
+
+
 # Adversary
 
 def vowels(texts):
@@ -262,7 +391,7 @@ def test_adversary_equals_brute_force():
         tries = [replace_synonyms(text, rate=0.4, seed=seed) for seed in seeds]
         best = max(range(len(seeds)), key=lambda k: (vowels([tries[k].text])[0], -k))
         assert found == tries[best]
-        assert found == worst_replacement(text, rate=0.4, seeds=seeds, score=vowels)
+        assert [found] == worst_replacements([text], rate=0.4, seeds=seeds, score=vowels)
     assert len({vowels([replace_synonyms(SENTENCES[2], rate=0.4, seed=seed).text])[0] for seed in seeds}) > 1
     equal = worst_replacements(SENTENCES, rate=0.4, seeds=seeds, score=lambda texts: [0.0] * len(texts))
     assert equal == replace_all(SENTENCES, rate=0.4, seed=4), "of equal losses the first seed wins"
@@ -273,7 +402,7 @@ def test_adversary_refuses_bad_losses(score):
     with pytest.raises(ValueError, match="finite losses"):
         worst_replacements(SENTENCES, rate=0.4, seeds=range(2), score=score)
     with pytest.raises(ValueError, match="seeds is empty"):
-        worst_replacement("A dog.", rate=0.4, seeds=[], score=vowels)
+        worst_replacements(["A dog."], rate=0.4, seeds=[], score=vowels)
 
 
 # Spans
@@ -321,14 +450,25 @@ def test_truncated_cache_is_never_read_as_whole(tmp_path):
     whole = replace_all(SENTENCES, rate=0.4, seed=1, cache_dir=tmp_path)
     file, = tmp_path.iterdir()
     content = file.read_bytes()
-    lines = content.splitlines(keepends=True)
-    first, three = len(lines[0]), sum(map(len, lines[:3]))
-    for cut in (0, 1, first - 2, first, three, len(content) // 2, len(content) - 3):
+    for cut in (0, 1, 5, len(content) // 10, len(content) // 2, len(content) - 3):
         file.write_bytes(content[:cut])
         assert replace_all(SENTENCES, rate=0.4, seed=1, cache_dir=tmp_path) == whole
         assert file.read_bytes() == content, "made again"
-    file.write_bytes(b"\xff" + content)
-    assert replace_all(SENTENCES, rate=0.4, seed=1, cache_dir=tmp_path) == whole
+    changed = [b"\xff" + content, content.replace(b"movie", b"mouse"), content + content, b"{}", b"PAR1" * 9]
+    for place in range(0, len(content), 97):
+        changed.append(content[:place] + bytes([content[place] ^ 4]) + content[place + 1:])
+    for damaged in changed:
+        file.write_bytes(damaged)
+        assert replace_all(SENTENCES, rate=0.4, seed=1, cache_dir=tmp_path) == whole
+
+
+def test_cache_knows_the_rules(tmp_path, monkeypatch):
+    before = replace_all(SENTENCES, rate=0.4, seed=1, cache_dir=tmp_path)
+    monkeypatch.setattr(perturbation, "RULES", perturbation.RULES + 1)
+    monkeypatch.setattr(perturbation, "_candidates", lambda word, source, refused: ["xyz"])
+    assert replace_all(SENTENCES, rate=0.4, seed=1, cache_dir=tmp_path) != before
+    monkeypatch.undo()
+    assert replace_all(SENTENCES, rate=0.4, seed=1, cache_dir=tmp_path) == before
 
 
 # Bad input and edges

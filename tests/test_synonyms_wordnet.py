@@ -8,7 +8,8 @@ import pytest
 
 from carma_lib.synonyms import wordnet as lexicon
 from carma_lib.synonyms.wordnet import (
-    AGREEMENT, FUNCTION_WORDS, RARITY, definition_pairs, inflect, lemmas_of, sense_counts, sense_shares,
+    AGREEMENT, FUNCTION_WORDS, RARITY, definition_of, definition_pairs, in_its_own_definition, inflect, is_coarse,
+    lemmas_of, sense_counts, sense_shares,
     synonym_forms, synonyms, usual_part_of_speech, wordnet)
 
 
@@ -71,7 +72,11 @@ def test_definition_pairs():
     assert not pairs.duplicated(["lemma", "synset"]).any()
     assert sorted(pairs["part_of_speech"].unique()) == ["a", "n", "r", "s", "v"]
     assert (pairs["definition"].str.len() > 0).all()
-    assert not pairs["definition"].str.contains(r";\s*;|;\s*-+\s*[A-Z]").any(), "remains of examples"
+    definitions = pairs["definition"]
+    assert not definitions.str.contains(r";\s*;|;\s*-+\s*[A-Z]").any(), "remains of examples"
+    assert not definitions.str.contains('"').any() and not definitions.str.contains(r"[:;,]$|\s-$").any()
+    assert not definitions.str.contains(r"  |in the phrase \)|; \)|\( | \)").any(), "holes where quotations were"
+    assert not definitions.str.contains(r"\b(?:as in|e\.g\.)$").any()
     dog = pairs[(pairs["lemma"] == "dog") & (pairs["synset"] == "dog.n.01")].iloc[0]
     assert dog["definition"].startswith("a member of the genus Canis")
     for row in pairs.iloc[::20_000].itertuples():
@@ -79,10 +84,37 @@ def test_definition_pairs():
         assert row.count == lemma.count() and lemma.synset().definition().startswith(row.definition)
 
 
+@pytest.mark.parametrize("gloss, definition", [
+    ('deeply religious; "a devout man"- H.L.Mencken', "deeply religious"),
+    ('deeply religious;  "a man" - A. B. Writer; "another"', "deeply religious"),
+    ('having more than is normal: "a long wait"', "having more than is normal"),
+    ('focus once again; The physicist refocused the light beam"', "focus once again"),
+    ('a local branch of the post"', "a local branch of the post"),
+    ('progress (especially in the phrase "make strides"); "big strides"', "progress (especially in the phrase `make strides')"),
+    ('a summary; as in e.g. "a news roundup"', "a summary"), ('(of a ball) "it is dead"', "(of a ball)"),
+    ('toed; often in combination; "long-toed; "five-toed"', "toed; often in combination"),
+    ("clear; ,", "clear"), ("( bridge) a suit", "(bridge) a suit"), ("", ""), ("plain; twice", "plain; twice")])
+def test_definition_of_a_gloss(gloss, definition):
+    assert definition_of(gloss) == definition
+
+
+@pytest.mark.parametrize("lemma, definition, inside", [
+    ("reverse", "reversed (turned backward) in order", True), ("cherry", "the color of blood or cherries", True),
+    ("goose", "one of the geese", True), ("buy", "something bought", True), ("dog", "a dog", True),
+    ("dog", "a member of the genus Canis", False), ("act", "an actor's play", False), ("car", "a carpet", False)])
+def test_in_its_own_definition(lemma, definition, inside):
+    assert in_its_own_definition(lemma, definition) == inside
+
+
 def plain_shares(word: str, letter: str) -> dict[str, float]:
     counts = {synset.name(): lemma.count() for synset in wordnet().synsets(word, letter)
               for lemma in synset.lemmas() if lemma.name() == word}
     return {name: (count + 1) / (sum(counts.values()) + len(counts)) for name, count in counts.items()}
+
+
+def dated(entry) -> bool:
+    return any(domain.name().startswith(("archaism", "dialect", "regionalism", "combining", "trade"))
+               for domain in entry.usage_domains())
 
 
 def plain_synonyms(word: str, letter: str) -> set[str]:
@@ -99,6 +131,8 @@ def plain_synonyms(word: str, letter: str) -> set[str]:
             if not set(one.frame_ids()) <= set(two.frame_ids()):
                 continue
             if one.syntactic_marker() != two.syntactic_marker():
+                continue
+            if is_coarse(candidate) or dated(two) or dated(two.synset()):
                 continue
             if letter == "n" and lemmas_of(candidate, "n") != (candidate,):
                 continue

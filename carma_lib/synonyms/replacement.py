@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Callable, Iterable, Mapping, NamedTuple, Seque
 
 from carma_lib.files import fingerprint, whole_file
 from carma_lib.synonyms.wordnet import lemmas_of, sense_counts, synonym_forms, wordnet
-from carma_lib.synonyms.tagging import Word, fixed_words, is_content, tagged_words
+from carma_lib.synonyms.tagging import TOKEN, Word, entry_of, fixed_words, is_content, tagged_words
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-RULES = 2  # part of every cache key: raise it with any change of what is replaced by what
+RULES = 3  # part of every cache key: raise it with any change of what is replaced by what
 
 Source = str | Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
 """Where candidates come from: "wordnet", a dict lower-case form → forms, or a function (form, Penn tag) → forms."""
@@ -30,9 +30,16 @@ Source = str | Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
 Score = Callable[[list[str]], Sequence[float]]
 
 ARTICLES = frozenset(["a", "an"])
+OPENING = frozenset("\"'`‘“‚„«‹([{*_")  # may stand between an article and its word
+LETTER_A = frozenset("vitamin hepatitis influenza appendix".split())  # "vitamin a" holds a letter, no article
 # A written vowel or a silent h, unless the word begins with the sound of "you" or "w" (unique, European, one)
-VOWEL_SOUND = re.compile(r"(?!uni(?!n|m|de)|unanim|u[bstv][aeiou]|ur[aeiou]|uk|eu|ewe|ones?\b|oneself|once)"
-                         r"[aeiou]|hon(?:est|or|our)|hour|heir", re.IGNORECASE)
+VOWEL_SOUND = re.compile(
+    r"(?!uni(?:[acfgopqtvx]|d(?:im|ir)|l(?!l)|mod|no|nuc|s(?!s)|$)|unanim|unesco|u[bstv][aeiou]|ur[aeiou]|u[gk]a|uk|eu|ewe"
+    r"|one(?![ri])|once|oui)[aeiou]|hon(?:est|or|our)|hour(?!i)|heir|y[^\W\daeiouy]", re.IGNORECASE)
+# Read letter by letter: one letter (x-ray), capitals of two or three or that make no syllable (MRI, HTML), no vowel
+SPELLED = re.compile(r"[A-Za-z](?![^\W_])|[A-Z]{2,3}s?(?![^\W_])|(?:[B-DF-HJ-NP-TV-XZ]{2}|[A-Z]{0,2}\d)[A-Z\d]*s?(?![^\W_])"
+                     r"|[b-df-hj-np-tv-xz\d]+(?![^\W_])")
+NUMBER_AN = re.compile(r"8|1[18](?:\d\d|\d{3})?(?!\d)")  # eight, eleven, eighteen, and their hundreds and thousands
 
 
 class Change(NamedTuple):
@@ -84,7 +91,7 @@ def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int]
     _check_rate(rate)
     span = _check_span(text, span)
     item = text if item_id is None else str(item_id)
-    source = synonym_forms if source == "wordnet" else source
+    source = _checked(source)
     refused = _families([forbidden] if isinstance(forbidden, str) else forbidden)
     words = tagged_words(text)
     inside = [i for i, word in enumerate(words) if span[0] <= word.start and word.end <= span[1]]
@@ -130,12 +137,13 @@ def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Seque
     if isinstance(texts, str):
         raise TypeError("texts must be a list of texts; use replace_synonyms for a single one")
     empty = [None] * len(texts)
+    source = _checked(source)
     columns = [list(empty if column is None else column) for column in (texts, item_ids, spans, forbidden)]
     if len({len(column) for column in columns}) > 1:
         raise ValueError("texts, item_ids, spans and forbidden must be of one length, got "
                          + ", ".join(str(len(column)) for column in columns))
-    path = Path(cache_dir) / f"{_cache_key(columns, rate, seed, source)}.jsonl" if cache_dir else None
-    cached = _read_cache(path, len(texts)) if path else None
+    path = Path(cache_dir) / f"{_cache_key(columns, rate, seed, source)}.parquet" if cache_dir else None
+    cached = _read_cache(path) if path else None
     if cached is not None:
         return cached
     replacements = [
@@ -169,14 +177,6 @@ def with_synonym_copies(rows: Dataset, *, source: Source = "wordnet", rate: floa
 
     copies, _ = replaced_rows(rows, source=source, rate=rate, seed=0, forbidden=forbidden, cache_dir=cache_dir)
     return concatenate_datasets([rows, copies.select_columns(rows.column_names)])
-
-
-def worst_replacement(text: str, *, rate: float, seeds: Iterable[int], score: Score,
-                      span: tuple[int, int] | None = None, item_id: str | None = None,
-                      forbidden: str | Sequence[str] = (), source: Source = "wordnet") -> Replacement:
-    """`worst_replacements` of a single text."""
-    return worst_replacements([text], rate=rate, seeds=seeds, score=score, source=source, spans=[span],
-                              item_ids=None if item_id is None else [item_id], forbidden=[forbidden])[0]
 
 
 def worst_replacements(texts: Sequence[str], *, rate: float, seeds: Iterable[int], score: Score,
@@ -228,7 +228,7 @@ def shift_spans(spans: Sequence[tuple[int, int]], changes: Sequence[Change]) -> 
 def _cache_key(columns: Sequence[Sequence], rate: float, seed: int, source: Source) -> str:
     if isinstance(source, Mapping):
         content = {form: list(source[form]) for form in sorted(source)}
-    elif source in ("wordnet", synonym_forms) or getattr(source, "func", None) is synonym_forms:
+    elif source is synonym_forms or getattr(source, "func", None) is synonym_forms:
         content = [wordnet().get_version(), len(sense_counts()), getattr(source, "keywords", {})]
     else:
         raise ValueError("a cache needs the default source or a dict; leave cache_dir out for a function")
@@ -238,22 +238,61 @@ def _cache_key(columns: Sequence[Sequence], rate: float, seed: int, source: Sour
                        texts, list(map(str, item_ids)), spans, words)
 
 
-def _read_cache(path: Path, length: int) -> list[Replacement] | None:
-    """The replacements of a whole file; None if there is none, or if it is cut short or damaged."""
+def _read_cache(path: Path) -> list[Replacement] | None:
+    """The replacements of a whole file; None if it is absent, cut short or changed."""
+    import pyarrow.parquet
+
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found = [Replacement(row["text"], (Change(*change) for change in row["changes"]), row["requested"])
-                 for row in rows]
-    except (OSError, ValueError, KeyError, TypeError):
+        table = pyarrow.parquet.read_table(path)
+        rows = table.to_pylist()
+        if table.schema.metadata[b"fingerprint"].decode() != fingerprint(rows):
+            return None
+        return [Replacement(row["text"], (Change(**change) for change in row["changes"]), row["requested"])
+                for row in rows]
+    except Exception:  # damage shows in many ways, and all are mended by making the file again
         return None
-    return found if len(found) == length else None
 
 
 def _write_cache(path: Path, replacements: Sequence[Replacement]) -> None:
-    lines = [json.dumps({"text": done.text, "changes": done.changes, "requested": done.requested}) + "\n"
-             for done in replacements]
+    import pyarrow.parquet
+
+    rows = [{"text": done.text, "changes": [change._asdict() for change in done.changes], "requested": done.requested}
+            for done in replacements]
+    change = pyarrow.struct([("start", pyarrow.int64()), ("end", pyarrow.int64()), ("before", pyarrow.string()),
+                             ("after", pyarrow.string())])
+    schema = pyarrow.schema([("text", pyarrow.string()), ("changes", pyarrow.list_(change)),
+                             ("requested", pyarrow.int64())], metadata={"fingerprint": fingerprint(rows)})
     with whole_file(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), temporary)
+
+
+class _Dictionary(dict):
+    """Somebody's own synonyms, checked."""
+
+
+def _checked(source: Source) -> Source:
+    if isinstance(source, _Dictionary) or callable(source):
+        return source
+    if isinstance(source, str):
+        if source != "wordnet":
+            raise ValueError(f"unknown source of synonyms '{source}'; give 'wordnet', a dict or a function")
+        return synonym_forms
+    if not isinstance(source, Mapping):
+        raise TypeError(f"source must be 'wordnet', a dict or a function, got {type(source).__name__}")
+    found = _Dictionary()
+    for form, others in source.items():
+        example = "write {'big': ['large', 'huge']}"
+        if not isinstance(form, str) or not TOKEN.fullmatch(form) or form != form.lower():
+            raise ValueError(f"synonyms of {form!r}: the key must be one word in lower case; {example}")
+        if form in ARTICLES:
+            raise ValueError(f"synonyms of {form!r}: articles follow their words and have no synonyms; leave it out")
+        if isinstance(others, str) or not isinstance(others, Sequence):
+            raise ValueError(f"synonyms of {form!r}: expected a list of words, got {others!r}; {example}")
+        for other in others:
+            if not isinstance(other, str) or not other or other != other.strip() or entry_of(other) == entry_of(form):
+                raise ValueError(f"synonyms of {form!r}: {other!r} is no other word; {example}")
+        found[entry_of(form)] = list(others)
+    return found
 
 
 def _check_rate(rate: float) -> None:
@@ -275,13 +314,15 @@ def _draw(seed: int, item: str, what: object) -> int:
 
 
 def _listed(word: Word, source: Source) -> bool:
-    return isinstance(source, Mapping) and word.form.lower() in source and not word.tag.startswith("NNP")
+    return isinstance(source, Mapping) and entry_of(word.form) in source and not word.tag.startswith("NNP")
 
 
 def _candidates(word: Word, source: Source, refused: frozenset[str]) -> list[str]:
-    form = word.form.lower()
+    form = entry_of(word.form)
     found = source.get(form, ()) if isinstance(source, Mapping) else source(form, word.tag)
-    return [other for other in found if other != form and not (refused and refused & _families([other]))]
+    if isinstance(found, str):
+        raise TypeError(f"the source gave the text {found!r} for {form!r}; it must give a list of words: [{found!r}]")
+    return [other for other in found if other.lower() != form and not (refused and refused & _families([other]))]
 
 
 def _families(words: Iterable[str]) -> frozenset[str]:
@@ -291,12 +332,26 @@ def _families(words: Iterable[str]) -> frozenset[str]:
 
 
 def _article_before(text: str, words: Sequence[Word], i: int) -> Word | None:
-    if i and words[i - 1].form.lower() in ARTICLES and text[words[i - 1].end:words[i].start].isspace():
-        return words[i - 1]
-    return None
+    """The a or an of word i, before it or before the quotation marks and brackets that open at it."""
+    place = i - 1
+    while place >= 0 and words[place].form in OPENING:
+        place -= 1
+    if place < 0 or words[place].form.lower() not in ARTICLES:
+        return None
+    article, before = words[place], words[place - 1].form if place else ""
+    between = text[article.end:words[i].start]
+    if not any(map(str.isspace, between)) or any(not mark.isspace() and mark not in OPENING for mark in between):
+        return None
+    letter = (article.form == "A" and before[-1:].isalnum()) or before.lower() in LETTER_A  # Plan A, vitamin A
+    return None if letter else article
 
 
 def _indefinite_article(word: str) -> str:
+    word = word.lstrip("".join(OPENING))
+    if word[:1].isdigit():
+        return "an" if NUMBER_AN.match(word) else "a"
+    if SPELLED.match(word):
+        return "an" if word[0].lower() in "aefhilmnorsx" else "a"
     return "an" if VOWEL_SOUND.match(word) else "a"
 
 

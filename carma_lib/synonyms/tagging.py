@@ -1,16 +1,27 @@
 """The words of a text with their parts of speech in context; which of them are content, which are fixed."""
 from __future__ import annotations
 
-import re
+import unicodedata
 from functools import lru_cache
 from typing import NamedTuple, Sequence
 
-from carma_lib.synonyms.wordnet import FUNCTION_WORDS, lemmas_of, multiword_lemmas, part_of_speech_of
+import regex
 
-# "n't" and "'s" are words of their own, hyphenated compounds are one word.
-TOKEN = re.compile(r"n['’]t\b|['’](?:s|re|ve|ll|d|m)\b|\w+?(?=n['’]t\b)|\w+(?:-\w+)*|[^\w\s]", re.IGNORECASE)
+from carma_lib.synonyms.wordnet import (
+    FUNCTION_WORDS, lemmas_of, multiword_lemmas, one_thread_at_a_time, part_of_speech_of, tagged_uses, wordnet)
+
+# "n't" and "'s" are words of their own, hyphenated compounds are one word. Combining marks, joiners and soft hyphens
+# belong to the letter before them.
+_W = r"\w[\p{M}\u200c\u200d\u00ad\u2060]*"
+TOKEN = regex.compile(rf"n['’]t\b|['’](?:s|re|ve|ll|d|m)\b|(?:{_W})+?(?=n['’]t\b)|(?:{_W})+(?:-(?:{_W})+)*"
+                      r"|[^\w\s]\p{M}*", regex.IGNORECASE)
+LETTERS = regex.compile(r"[\p{L}\p{M}\u200c\u200d-]+")
 SENTENCE_END = frozenset(".!?")
 PARTICLES = frozenset("up out off down away apart along around back over".split())
+INTENSIFIERS = frozenset("super real awful dead mighty jolly dreadful precious bloody pretty plain way damn".split())
+CLAUSE_OPENERS = frozenset("after before as than if when until till since because though while enough".split())
+BARE_INFINITIVE = frozenset("help make see hear watch feel notice observe dare need".split())  # "saw him leave"
+MASS = frozenset(f"noun.{kind}" for kind in "attribute feeling food phenomenon state substance".split())
 
 
 class Word(NamedTuple):
@@ -23,10 +34,16 @@ class Word(NamedTuple):
 
 def is_content(word: Word) -> bool:
     """Whether a word counts for the rate: by its tag, and neither function word, nor name, nor number."""
-    return (part_of_speech_of(word.tag) is not None and word.form.lower() not in FUNCTION_WORDS
-            and word.form.replace("-", "").isalpha())
+    return (part_of_speech_of(word.tag) is not None and entry_of(word.form) not in FUNCTION_WORDS
+            and LETTERS.fullmatch(entry_of(word.form)) is not None)
 
 
+def entry_of(form: str) -> str:
+    """How a dictionary lists a form: lower case, accents composed (NFC), no soft hyphens or word joiners."""
+    return unicodedata.normalize("NFC", form).lower().replace("\u00ad", "").replace("\u2060", "")
+
+
+@one_thread_at_a_time
 @lru_cache(maxsize=8192)
 def tagged_words(text: str) -> tuple[Word, ...]:
     """The words and punctuation marks of a text with their Penn tags in context (TextBlob's PatternTagger).
@@ -39,7 +56,7 @@ def tagged_words(text: str) -> tuple[Word, ...]:
     places = [match.span() for match in TOKEN.finditer(text)]
     forms = [text[start:end] for start, end in places]
     opens = _openers(forms)
-    tagged = _tags([form.lower() if first else form for form, first in zip(forms, opens)])
+    tagged = _tags([entry_of(form) if first else form for form, first in zip(forms, opens)])
     words = []
     for (start, end), form, first, tag in zip(places, forms, opens, tagged, strict=True):
         known_name = tag[:2] in ("NN", "VB") and lexicon.get(form, "").startswith("NNP")
@@ -71,29 +88,60 @@ def _tagger():
     return PatternTagger()
 
 
+@one_thread_at_a_time
 def fixed_words(words: Sequence[Word]) -> frozenset[int]:
     """Places of the words that other words hold in place.
 
-    They stand in an expression of several words that WordNet knows (hot dog, end up), or are a verb before a
-    particle (dream up) or a noun before a noun (love story).
+    They stand in an expression of several words that WordNet knows (hot dog, end up), in a name (Turing test), or are
+    a verb before a particle (dream up), a noun before a noun (love story), or one of `_held`.
     """
     known, places = multiword_lemmas(), set()
-    forms = [word.form.lower() for word in words]
-    for first, (word, after) in enumerate(zip(words, words[1:])):
-        before_particle = word.tag[:2] == "VB" and after.form.lower() in PARTICLES
-        if before_particle or (word.tag == "NN" and after.tag[:2] == "NN"):
-            places.add(first)
-        for last in range(first + 1, min(first + 4, len(words))):
-            ways = ["_".join(forms[first:last + 1])]
-            ways += ["_".join([lemma, *forms[first + 1:last + 1]]) for lemma in _lemmas(word)]
-            ways += ["_".join([*forms[first:last], lemma]) for lemma in _lemmas(words[last])]
+    forms = [entry_of(word.form) for word in words]
+    for place, word in enumerate(words):
+        before, after = (words[i] if 0 <= i < len(words) else Word(0, 0, "", "") for i in (place - 1, place + 1))
+        if (word.tag == "NN" and after.tag[:2] == "NN") or (before.tag[:3] == "NNP" and word.tag[:2] == "NN"):
+            places.add(place)
+        if (word.tag[:2] == "VB" and after.form.lower() in PARTICLES) or _held(before, word, after):
+            places.add(place)
+        if word.tag == "NN" and _bare(words, place) and not _mass(forms[place]):
+            places.add(place)
+        for last in range(place + 1, min(place + 4, len(words))):
+            ways = ["_".join(forms[place:last + 1])]
+            ways += ["_".join([lemma, *forms[place + 1:last + 1]]) for lemma in _lemmas(word)]
+            ways += ["_".join([*forms[place:last], lemma]) for lemma in _lemmas(words[last])]
             if any(way in known for way in ways):
-                places.update(range(first, last + 1))
+                places.update(range(place, last + 1))
     return frozenset(places)
+
+
+def _held(before: Word, word: Word, after: Word) -> bool:
+    """Whether grammar holds a word: "super long", "every single one", "soon after", "a twist ending", "saw him go"."""
+    form, next_form, kind = word.form.lower(), after.form.lower(), part_of_speech_of(word.tag)
+    if kind in ("a", "r") and form in INTENSIFIERS and part_of_speech_of(after.tag) in ("a", "r"):
+        return True
+    if kind == "a" and next_form in ("one", "ones"):
+        return True
+    if kind == "r" and next_form in CLAUSE_OPENERS:
+        return True
+    if word.tag == "VBG" and bool(tagged_uses(form, "n")) and "be" not in _lemmas(before):
+        return True
+    return kind == "v" and after.tag == "PRP" and not BARE_INFINITIVE.isdisjoint(_lemmas(word))
+
+
+def _bare(words: Sequence[Word], place: int) -> bool:
+    """Whether a singular noun follows other words without an article, possessive or number: "more from exercise"."""
+    first = place - 1
+    while first >= 0 and words[first].tag[:2] in ("JJ", "NN", "RB") or first >= 0 and words[first].tag in ("VBN", "VBG"):
+        first -= 1
+    return first >= 0 and words[first].form[0].isalnum() and words[first].tag not in ("DT", "PRP$", "POS", "CD", "PDT")
+
+
+def _mass(form: str) -> bool:
+    """Whether the noun's commonest sense names a state, attribute, feeling, substance, food or phenomenon."""
+    senses = wordnet().synsets(form, "n")
+    return bool(senses) and senses[0].lexname() in MASS
 
 
 def _lemmas(word: Word) -> tuple[str, ...]:
     letter = part_of_speech_of(word.tag)
-    return lemmas_of(word.form.lower(), letter) if letter else ()
-
-
+    return lemmas_of(entry_of(word.form), letter) if letter else ()

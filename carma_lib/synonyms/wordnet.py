@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import re
 import socket
+import threading
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 DEBIAN_FOLDER = Path("/usr/share/wordnet")
 DOWNLOAD_TIMEOUT = 15  # seconds
-EXAMPLES = re.compile(r'\s*;\s*[;"-]')  # where NLTK leaves the remains of a definition's examples
+# What introduces the examples of a gloss, and what is left before them.
+CONNECTIVES = re.compile(r"(?:[\s;:,]|\be\.g\.|\bas in(?: the expression)?|\bespecially in the phrase|"
+                         r"`\w+' is formal or literary)+$")
 # What makes a synonym; see `synonyms` and `usual_part_of_speech`.
 AGREEMENT = 0.5
 RARITY = 0.1
@@ -29,9 +32,28 @@ FUNCTION_WORDS = frozenset(
     "be am is are was were been being have has had having do does did done doing get gets got let lets "
     "not no never so very too as all but off more most less least much many few such own same other another "
     "only just even still yet then there here now how why when where ever however else almost also well "
-    "rather quite about enough plenty several various certain one ones "
-    "thing things something nothing anything everything "
-    "someone anyone everyone lot lots bit kind sort rest little alone".split())
+    "rather quite about enough plenty several various certain one ones none other others "
+    "thing things something nothing anything everything someone anyone everyone somebody anybody everybody nobody "
+    "somewhere anywhere everywhere nowhere somehow anyhow anyway lot lots bit kind sort rest little alone "
+    "getting gotten letting ain ca wo sha".split())
+# Usage domains of WordNet whose words are never introduced, in whichever of their senses they carry it; the same said
+# in a gloss; and words that WordNet does not mark.
+COARSE_DOMAINS = frozenset("disparagement ethnic_slur obscenity vulgarism slang street_name".split())
+COARSE_GLOSS = re.compile(r"\bslang\b|\b(?:obscen|vulgar|derogat|disparag|offensive|insult|contemptuous|ethnic slur)\w*"
+                          r"\b[^;]*\b(?:term|word|name|expression|reference|for)s?\b", re.IGNORECASE)
+COARSE_WORDS = frozenset(
+    "arse arsehole ass backside balls bastard bawd bimbo bitch blackamoor bloody bollocks bonk boob boobs booty bugger "
+    "bum buns butt butthole camp cocotte coloured colored crap cretin crip cripple cunt damn damned dammit darky dick "
+    "dike dirt dumbass dyke fag faggot fairy fanny fart floozie floozy fruit fuck fucking gaga gimp git goddam "
+    "goddamn gook gyp gypsy half-breed halfbreed halfwit harlot harelip heathen hell ho homo honky hooker hump hussy "
+    "hustler idiot imbecile infidel jackass jerk jew jewess jism jizz keister knocker knockers lesbo lezzie "
+    "loony lunatic midget minge mong mongol mongoloid mongrel moron mulatto nance negress negro nigga nigger niggard "
+    "niggardly nuts nutter nympho octoroon oriental pagan pansy papist pecker pee peeing piddle pillock piss pissed "
+    "pisser pissing poof poop poove prat prick puke puss pussy quadroon queer redneck redskin retard retarded savage "
+    "schmuck screw screwed screwing shag shaft shit shite shitty shtup sissy slag slit slut snatch sod spastic spaz "
+    "spic spick spik squaw streetwalker strumpet tart tit tits titty tosser tramp tranny trollop turd tush twat wank "
+    "wanker wee-wee welch welsh whore wimp wog wop wuss yid".split())
+DATED_DOMAINS = frozenset("archaism dialect regionalism combining_form trade_name trademark".split())
 BASE_TAGS = ("NN", "VB", "VBP", "JJ", "RB")
 TAGS = {"n": ("NN", "NNS"), "v": ("VB", "VBP", "VBZ", "VBD", "VBN", "VBG"), "a": ("JJ", "JJR", "JJS"),
         "r": ("RB", "RBR", "RBS")}
@@ -56,7 +78,24 @@ class WordNetNotFound(LookupError):
             'wordnet-sense-index` (Debian, Ubuntu), or name a folder that holds corpora/wordnet in NLTK_DATA')
 
 
-@lru_cache(maxsize=1)
+_lock = threading.RLock()  # NLTK's readers, TextBlob's and lemminflect's tables are made for one thread
+
+
+def one_thread_at_a_time(function):
+    """The function, entered by one thread at a time together with all others of this kind."""
+    @wraps(function)
+    def entered(*values, **options):
+        with _lock:
+            return function(*values, **options)
+    return entered
+
+
+def remembered(function):
+    """The function with a cache without a limit, entered by one thread at a time."""
+    return one_thread_at_a_time(lru_cache(maxsize=None)(function))
+
+
+@remembered
 def wordnet() -> WordNetCorpusReader:
     """NLTK's WordNet reader, opened once: from NLTK's own data, else Debian's packages, else downloaded.
 
@@ -117,7 +156,7 @@ def _downloaded_reader() -> WordNetCorpusReader | None:
     return _nltk_reader() if downloaded else None
 
 
-@lru_cache(maxsize=1)
+@remembered
 def sense_counts() -> dict[str, int]:
     """Sense key → how often that sense was tagged in WordNet's corpora; a key not there was never tagged."""
     counts = {}
@@ -131,20 +170,74 @@ def definition_pairs() -> pandas.DataFrame:
     """Every (lemma, synset) pair of WordNet, in WordNet's order; takes seconds, so cache what you make of it.
 
     Columns: lemma (as WordNet writes it, "hot_dog"), synset ("dog.n.01"), part_of_speech ("n", "v", "a",
-    "s" for satellite adjectives, "r"), definition (without the examples and the names of those quoted in
-    them), count (tagged uses of this sense).
+    "s" for satellite adjectives, "r"), definition (`definition_of` its gloss), count (tagged uses of this sense).
     """
     import pandas
 
-    counts, rows = sense_counts(), []
+    counts, rows, glosses = sense_counts(), [], _glosses()
     for synset in wordnet().all_synsets():
-        definition = EXAMPLES.split(synset.definition())[0].strip()
+        definition = definition_of(glosses[synset.pos().replace("s", "a"), synset.offset()])
         rows += [(lemma.name(), synset.name(), synset.pos(), definition, counts.get(lemma.key(), 0))
                  for lemma in synset.lemmas()]
     return pandas.DataFrame(rows, columns=["lemma", "synset", "part_of_speech", "definition", "count"])
 
 
-@lru_cache(maxsize=None)
+def definition_of(gloss: str) -> str:
+    """A gloss without its quoted examples, the names of those quoted, and the words that introduce them.
+
+    Quotation marks inside brackets are part of the definition and become `single ones'. An example whose first
+    quotation mark is missing begins at the semicolon before it.
+    """
+    if gloss.count('"') % 2 and re.match(r'[^"]*\w"', gloss):
+        before = gloss.split('"')[0]
+        gloss = before.rpartition(";")[0] or before
+    depth, opened = 0, False
+    for place, letter in enumerate(gloss):
+        depth += (letter == "(") - (letter == ")")
+        if letter == '"' and depth == 0:
+            gloss = gloss[:place]
+            break
+        if letter == '"':
+            gloss, opened = f"{gloss[:place]}{chr(39) if opened else '`'}{gloss[place + 1:]}", not opened
+    gloss = re.sub(r"\s+", " ", re.sub(r"(?<=\()\s+|\s+(?=\))", "", gloss))
+    return CONNECTIVES.sub("", gloss).strip()
+
+
+def in_its_own_definition(lemma: str, definition: str) -> bool:
+    """Whether a definition holds its lemma, or a word that may be another form of it ("reversed" for "reverse")."""
+    return any(lemma in _possible_lemmas(word) for word in set(re.findall(r"[^\W\d_]+", definition.lower())))
+
+
+@remembered
+def _possible_lemmas(form: str) -> frozenset[str]:
+    return frozenset([form]).union(*(lemmas_of(form, letter) for letter in TAGS))
+
+
+def _glosses() -> dict[tuple[str, int], str]:
+    found = {}
+    for name, letter in (("noun", "n"), ("verb", "v"), ("adj", "a"), ("adv", "r")):
+        for line in wordnet().open(f"data.{name}").read().splitlines():
+            if line[:1].isdigit():
+                found[letter, int(line[:8])] = line.partition("| ")[2].strip()
+    return found
+
+
+@remembered
+def is_coarse(word: str) -> bool:
+    """Whether a word is a slur, obscene or slang in any of its senses, by WordNet's usage domains, glosses or our list."""
+    names = {word.lower(), *(lemma for letter in "nv" for lemma in lemmas_of(word.lower(), letter))}
+    return bool(names & COARSE_WORDS) or any(
+        COARSE_GLOSS.search(synset.definition()) or COARSE_DOMAINS & _domains(synset)
+        or any(COARSE_DOMAINS & _domains(lemma) for lemma in synset.lemmas() if lemma.name().lower() in names)
+        for synset in wordnet().synsets(word.lower()))
+
+
+def _domains(entry) -> set[str]:
+    """Names of the usage domains of a synset or a lemma."""
+    return {domain.name().split(".")[0].lower() for domain in entry.usage_domains()}
+
+
+@remembered
 def tagged_uses(word: str, part_of_speech: str) -> dict[str, int]:
     """Synset name → how often the lemma was tagged in that sense; empty if WordNet lacks the word as this."""
     return {synset.name(): sense_counts().get(lemma.key(), 0)
@@ -162,7 +255,7 @@ def sense_shares(word: str, part_of_speech: str) -> dict[str, float]:
     return {synset: (count + 1) / (sum(uses.values()) + len(uses)) for synset, count in uses.items()}
 
 
-@lru_cache(maxsize=None)
+@remembered
 def synonyms(word: str, part_of_speech: str, agreement: float = AGREEMENT) -> tuple[str, ...]:
     """Lemmas that mean the same as the lemma `word` in most uses of both; single words without hyphens.
 
@@ -174,9 +267,9 @@ def synonyms(word: str, part_of_speech: str, agreement: float = AGREEMENT) -> tu
 
     so neither word is likely to be read in another sense ("move" is no synonym of "act", though they share
     one) and no common word becomes a rare one. Besides, it must fit grammatically (`_fits`), be used as this
-    part of speech, and be another word rather than an abbreviation, a spelling or a derivation: candidates of
-    one or two letters, and words that begin with the same four letters, are left out.
-    Best first. Source: DESIGN, Traps already met.
+    part of speech, be neither coarse (`is_coarse`) nor dated, and be another word rather than an abbreviation, a
+    spelling or a derivation: candidates of one or two letters, and words that begin with the same four letters, are
+    left out. Best first. Source: own decision; the published code takes WordNet's lemmas without a gate.
     """
     own, shared = sense_shares(word, part_of_speech), {}
     for name in own:
@@ -196,8 +289,7 @@ def synonyms(word: str, part_of_speech: str, agreement: float = AGREEMENT) -> tu
 
 
 def _is_other_word(candidate: str, word: str) -> bool:
-    return (len(candidate) > 2 and candidate.isalpha() and candidate.islower()
-            and candidate not in FUNCTION_WORDS
+    return (len(candidate) > 2 and candidate.isalpha() and candidate.islower() and candidate not in FUNCTION_WORDS
             and not candidate.startswith(word[:4]) and not word.startswith(candidate[:4]))
 
 
@@ -208,6 +300,8 @@ def _fits(candidate: Lemma, lemma: Lemma) -> bool:
     is neither a verb's -ing form (bringing) nor a plural (authorities), which take other articles.
     """
     name = candidate.name()
+    if is_coarse(name) or DATED_DOMAINS & (_domains(candidate) | _domains(candidate.synset())):
+        return False
     if candidate.synset().pos() == "n":
         gerund = name.endswith("ing") and lemmas_of(name, "v") != (name,)
         return not gerund and lemmas_of(name, "n") == (name,)
@@ -215,7 +309,7 @@ def _fits(candidate: Lemma, lemma: Lemma) -> bool:
             and candidate.syntactic_marker() == lemma.syntactic_marker())
 
 
-@lru_cache(maxsize=1)
+@remembered
 def _uses_by_part_of_speech() -> Counter[tuple[str, str]]:
     uses = Counter()
     for key, count in sense_counts().items():
@@ -224,7 +318,7 @@ def _uses_by_part_of_speech() -> Counter[tuple[str, str]]:
     return uses
 
 
-@lru_cache(maxsize=None)
+@remembered
 def usual_part_of_speech(form: str, part_of_speech: str) -> bool:
     """Whether at least USUAL of the tagged uses of a form's lemmas are of this part of speech."""
     uses = {letter: sum(_uses_by_part_of_speech()[lemma, letter] for lemma in lemmas_of(form, letter))
@@ -239,7 +333,7 @@ def part_of_speech_of(tag: str) -> str | None:
     return {"NN": "n", "VB": "v", "JJ": "a", "RB": "r"}.get(tag[:2])
 
 
-@lru_cache(maxsize=None)
+@remembered
 def lemmas_of(form: str, part_of_speech: str) -> tuple[str, ...]:
     """The lemmas of a lower-case form: ("act",) for "acted" as "v". An unknown form is its own lemma."""
     from lemminflect import getAllLemmas
@@ -248,7 +342,7 @@ def lemmas_of(form: str, part_of_speech: str) -> tuple[str, ...]:
     return getAllLemmas(form, universal).get(universal, (form,))
 
 
-@lru_cache(maxsize=None)
+@remembered
 def inflections(lemma: str, tag: str) -> tuple[str, ...]:
     """The lemma's forms for a Penn tag, usual one first: ("dogs", "dog") for "dog", "NNS". Empty if none."""
     from lemminflect import getAllInflections
@@ -266,7 +360,7 @@ def inflect(lemma: str, tag: str) -> str | None:
     return forms[0] if forms and forms[0].isalpha() else None
 
 
-@lru_cache(maxsize=None)
+@remembered
 def synonym_forms(form: str, tag: str, agreement: float = AGREEMENT) -> tuple[str, ...]:
     """Forms that can stand for a lower-case word form with this Penn tag: `synonyms`, inflected alike.
 
@@ -285,11 +379,11 @@ def synonym_forms(form: str, tag: str, agreement: float = AGREEMENT) -> tuple[st
         for candidate in synonyms(lemma, part_of_speech, agreement):
             inflected = {inflect(candidate, other) for other in tags}
             if len(inflected) == 1:
-                forms.update(dict.fromkeys(inflected - {None, form}))
+                forms.update(dict.fromkeys(each for each in inflected - {None, form} if not is_coarse(each)))
     return tuple(forms)
 
 
-@lru_cache(maxsize=1)
+@remembered
 def multiword_lemmas() -> frozenset[str]:
     """WordNet's lemmas of several words, joined by underscores ("hot_dog", "end_up")."""
     return frozenset(name for name in wordnet().all_lemma_names() if "_" in name)

@@ -26,15 +26,11 @@ def _filters() -> list[tuple[str, Callable[[pd.DataFrame], pd.Series]]]:
         ("headword of two letters or more", lambda pairs: pairs["lemma"].str.len() >= 2),
         (f"definition of {MIN_WORDS} to {MAX_WORDS} words",
          lambda pairs: pairs["definition"].str.split().str.len().between(MIN_WORDS, MAX_WORDS)),
-        ("headword not in its own definition", lambda pairs: pd.Series(
-            [lemma not in _words(definition) for lemma, definition in zip(pairs["lemma"], pairs["definition"])],
-            index=pairs.index)),
+        ("headword not in its own definition, in whatever form", lambda pairs: pd.Series(
+            [not lexicon.in_its_own_definition(*pair) for pair in zip(pairs["lemma"], pairs["definition"])],
+            index=pairs.index, dtype=bool)),
         ("no pair of headword and definition twice", lambda pairs: ~pairs.duplicated(["lemma", "definition"])),
     ]
-
-
-def _words(text: str) -> set[str]:
-    return set("".join(letter if letter.isalpha() else " " for letter in text.lower()).split())
 
 
 def filtered_pairs() -> tuple[pd.DataFrame, list[dict[str, Any]]]:
