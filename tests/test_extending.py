@@ -18,7 +18,7 @@ from carma_lib.model_table import prompt_for, settings_for
 from carma_lib.pooling import pooling_grid
 from carma_lib.stats.table import read_results
 from carma_lib.lab.settings import fill
-from carma_lib.stats.metrics import accuracy, per_seed
+from carma_lib.stats.metrics import per_seed, summarise
 from carma_lib.tasks import build_task
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -38,7 +38,7 @@ results = read_results([evaluate_cell(run, cell, conditions) for cell in cells])
 unchanged = results[results.condition == "clean"]
 answers = unchanged.pivot_table(index="item_id", columns="method", values="log_probability", observed=True)
 assert len(answers) == 20 and (answers.confidence_penalty != answers.fine_tuning).any()
-figure = figures.accuracy_by_method(accuracy(unchanged), per_seed(unchanged, "accuracy"))
+figure = figures.accuracy_by_method(summarise(unchanged, "accuracy"), per_seed(unchanged, "accuracy"))
 figures.save_figure(figure, run, "figure", unchanged)
 
 chosen = settings_for("your-name/granite-small", "sums", num_layers=4)

@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 
 from carma_lib.report import plots as figures
 from carma_lib.stats import metrics as statistics
-from carma_lib.stats.claims import power_table, primary_comparisons
+from carma_lib.stats.claims import primary_comparisons
 from carma_lib.stats.table import METHOD_LABELS
 
 SPLITS = ("test_seen", "test_held_out", "test_longer")
@@ -36,8 +36,6 @@ def drawn(results, comparisons):
     clean, clean_seeds = (table[table["condition"] == "clean"] for table in tables["accuracy"])
     kept, kept_seeds = (table[table["split"] == "test_seen"] for table in tables["accuracy_kept"])
     variation = statistics.coefficient_of_variation(results).query("condition == 'clean'")
-    powers = power_table(comparisons)
-    grid = pd.DataFrame({"carma_weight": [0.1, 0.1, 0.3], "end_layer": [2, 4, 2], "value": [0.5, 0.6, 0.55]})
     drift = pd.DataFrame({"method": np.repeat(["fine_tuning", "carma"], 6),
                           "seed": np.tile([0, 0, 0, 1, 1, 1], 2), "layer": np.tile(range(3), 4),
                           "value": np.arange(12.0)})
@@ -49,9 +47,7 @@ def drawn(results, comparisons):
         "pooling_by_depth": (figures.pooling_by_depth(kept, kept_seeds), kept),
         "cv_by_method": (figures.cv_by_method(variation), variation),
         "forest_plot": (figures.forest_plot(comparisons), comparisons),
-        "heat_map": (figures.heat_map(grid, label="accuracy"), grid),
         "drift_by_layer": (figures.drift_by_layer(drift), drift),
-        "power_by_seeds": (figures.power_by_seeds(powers, difference=0.02), powers),
     }
 
 
@@ -86,7 +82,7 @@ def test_methods_differ_in_colour_and_marker_everywhere():
 
 
 def test_points_and_bars_are_those_of_the_table(results):
-    table = statistics.accuracy(results).query("condition == 'clean' and split == 'test_longer'")
+    table = statistics.summarise(results, "accuracy").query("condition == 'clean' and split == 'test_longer'")
     seeds = statistics.per_seed(results, "accuracy").query("condition == 'clean' and split == 'test_longer'")
     axes = figures.accuracy_by_method(table, seeds).axes[0]
     for place, line in enumerate(table.to_dict("records")):
@@ -115,11 +111,11 @@ def test_forest_plot_fills_what_survives_correction_and_leaves_out_what_was_not_
 
 def test_tables_that_mix_what_a_figure_cannot_show_are_refused(results):
     mixed = pd.concat([results, made_results(task="other_task")])
-    clean = statistics.accuracy(mixed).query("condition == 'clean'")
+    clean = statistics.summarise(mixed, "accuracy").query("condition == 'clean'")
     with pytest.raises(ValueError, match="shows one task"):
         figures.accuracy_by_method(clean, clean)
     with pytest.raises(ValueError, match="shows one condition"):
-        figures.accuracy_by_method(statistics.accuracy(results), clean)
+        figures.accuracy_by_method(statistics.summarise(results, "accuracy"), clean)
     with pytest.raises(ValueError, match="shows one row a split and method"):
         twice = pd.concat([clean, clean.assign(budget=7)]).query("task == 'made_task'")
         figures.accuracy_by_method(twice, clean)
@@ -134,7 +130,7 @@ def test_tables_that_mix_what_a_figure_cannot_show_are_refused(results):
 def test_models_that_answer_nothing_right_have_figures_that_say_so(results):
     wrong = results.assign(correct=False)
     for figure in (
-            figures.consist_syn_by_rate(statistics.consist_syn(wrong), statistics.per_seed(wrong, "consist_syn")),
+            figures.consist_syn_by_rate(statistics.summarise(wrong, "consist_syn"), statistics.per_seed(wrong, "consist_syn")),
             figures.cv_by_method(statistics.coefficient_of_variation(wrong).query("condition == 'clean'"))):
         for axes in figure.axes:
             assert "no estimate" in [text.get_text() for text in axes.texts]

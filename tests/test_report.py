@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 
 from carma_lib.report import plots as figures
 from carma_lib.report import tables
-from carma_lib.stats.claims import primary_comparisons
+from carma_lib.stats.claims import default_claims, primary_comparisons
 from carma_lib.report.page import formulas_to_pictures, write_report
 from carma_lib.stats.metrics import summarise
 
@@ -139,6 +139,52 @@ def test_answer_says_why_a_claim_was_not_tested():
     (first, _), (second, place) = tables.answer(comparisons)
     assert "none shown, none left open, 1 not tested" in first and place == 0
     assert second.startswith("Against R-Drop: not tested, because no rows of r_drop")
+
+
+@pytest.fixture(scope="module")
+def two_tasks():
+    """Six claims of each of two tasks; the second task's differences are larger."""
+    parts = [made_results(task=f"controlled_{task}", methods={"fine_tuning": 0.0, "carma": effect}, seeds=4, items=60,
+                          split=f"test_{split}") for task, effect in (("first", 0.5), ("second", 1.5))
+             for split in ("seen", "held_out", "longer")]
+    results = pd.concat(parts)
+    return results, primary_comparisons(results, default_claims(results))
+
+
+def test_every_task_has_its_line_and_the_largest_difference_is_told(two_tasks):
+    _, comparisons = two_tasks
+    assert len(comparisons) == 12
+    largest = comparisons[comparisons["kind"] == "difference"]["estimate"].abs().idxmax()
+    places = [place for _, place in tables.answer(comparisons)]
+    assert len(places) == 5 and largest in places
+    assert set(comparisons["task"][places[1:]]) == {"controlled_first", "controlled_second"}
+    many = pd.concat([comparisons.assign(task=comparisons["task"] + str(copy)) for copy in range(3)], ignore_index=True)
+    chosen = [place for _, place in tables.answer(many)][1:]
+    assert many["task"][chosen].nunique() == 6 and len(chosen) == 6, "a line for each task, if there are more than four"
+    turned = comparisons.assign(estimate=-comparisons["estimate"])
+    assert largest in [place for _, place in tables.answer(turned)]
+
+
+@pytest.mark.parametrize("curve, told", [
+    ("still rises", "Validation accuracy still rises there."), ("has levelled", "Validation accuracy has levelled there."),
+    ("CARMA: still rises; fine-tuning: has levelled",
+     "Validation accuracy there: CARMA still rises, fine-tuning has levelled."),
+    ("cannot be told (fewer than three seeds)",
+     "Whether validation accuracy still rises there cannot be told (fewer than three seeds)."), ("", ")."), (np.nan, ").")])
+def test_an_answer_says_how_long_training_was_and_whether_the_curve_still_rises(curve, told):
+    text = tables.answer(made_comparisons(1.0).assign(curve=curve))[1][0]
+    assert "better than fine-tuning, after 100 training steps (" in text and text.endswith(told)
+
+
+def test_two_seeds_give_estimates_and_no_claim():
+    results = made_results(methods={"fine_tuning": 0.0, "carma": 3.0}, seeds=2, items=60)
+    comparisons = primary_comparisons(results, PLAN[:3])
+    (first, _), *others = tables.answer(comparisons)
+    assert "none shown, none left open, 3 not tested" in first and len(others) == 3
+    for text, _ in others:
+        assert "not tested: 2 seeds, a claim needs 3, after 100" in text and "95 % interval" in text and ", p" not in text
+        assert "better" not in text
+    assert figures.forest_plot(comparisons).axes
 
 
 # -- the page --------------------------------------------------------------------------------------

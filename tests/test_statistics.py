@@ -6,18 +6,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
-from made_results import made_results
+from made_results import made_history, made_results
 from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar as exact_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from carma_lib.stats import inference
 from carma_lib.stats import metrics as statistics
-from carma_lib.stats.claims import power_table, primary_comparisons
+from carma_lib.stats.claims import default_claims, power_table, primary_comparisons
+from carma_lib.stats.curves import clustered_slope, still_rising
 from carma_lib.stats.inference import NotComparable
 from carma_lib.stats.intervals import critical_value, crossed_interval, cv_interval, tail_probability
 from carma_lib.stats.table import ResultsError, check_results, read_results, write_results
+
+def accuracy(table):
+    return statistics.summarise(table, "accuracy")
+
+
+def consist_syn(table):
+    return statistics.summarise(table, "consist_syn")
+
 
 PAIR = {"method": "carma", "baseline": "fine_tuning"}
 CLEAN = {"condition": "clean"}
@@ -165,16 +173,16 @@ def test_cells_that_cannot_be_filled_say_why(results):
     carma = results[results["method"] == "carma"]
     one_seed = statistics.coefficient_of_variation(carma[carma["seed"] == 0])
     assert one_seed["estimate"].isna().all() and one_seed["note"].str.contains("one seed").all()
-    assert statistics.accuracy(carma[carma["seed"] == 0])["note"].str.contains("items only").all()
+    assert accuracy(carma[carma["seed"] == 0])["note"].str.contains("items only").all()
 
-    never = statistics.consist_syn(carma.assign(correct=False))
+    never = consist_syn(carma.assign(correct=False))
     assert never["estimate"].isna().all() and never["note"].str.contains("no item answered right").all()
     wrong = carma["correct"] & ~((carma["seed"] == 2) & (carma["condition"] == "clean"))
-    some = statistics.consist_syn(carma.assign(correct=wrong))
+    some = consist_syn(carma.assign(correct=wrong))
     assert (some["n_seeds"] == 5).all() and some["note"].str.contains("seeds 2 without").all()
 
     gap = carma.drop(carma.index[(carma["seed"] == 1) & carma["item_id"].str.endswith("00007")])
-    lines = statistics.accuracy(gap)
+    lines = accuracy(gap)
     assert (lines["n_items"] == 79).all() and lines["note"].str.contains("1 items not answered").all()
     for frame in (one_seed, never, some):
         assert frame["note"][frame["estimate"].isna()].str.len().gt(0).all()
@@ -182,23 +190,23 @@ def test_cells_that_cannot_be_filled_say_why(results):
 
 def test_bad_input_of_metrics(results):
     with pytest.raises(ValueError, match="duplicate rows"):
-        statistics.accuracy(pd.concat([results, results.iloc[[0]]]))
+        accuracy(pd.concat([results, results.iloc[[0]]]))
     with pytest.raises(ValueError, match=r"missing values in the columns \['correct'\]"):
-        statistics.accuracy(results.assign(correct=np.where(results.index == 3, np.nan, 1.0)))
+        accuracy(results.assign(correct=np.where(results.index == 3, np.nan, 1.0)))
     with pytest.raises(ValueError, match="no row with condition replaced"):
-        statistics.consist_syn(results[results["condition"] == "clean"])
+        consist_syn(results[results["condition"] == "clean"])
     with pytest.raises(ValueError, match="no changed item has its clean answer"):
-        statistics.consist_syn(results[results["condition"] == "replaced"])
+        consist_syn(results[results["condition"] == "replaced"])
     with pytest.raises(ValueError, match="no rows"):
-        statistics.accuracy(results.iloc[:0])
+        accuracy(results.iloc[:0])
     with pytest.raises(ValueError, match="unknown metric"):
         statistics.summarise(results, "acuracy")
 
 
 def test_tasks_never_mix(results):
     other = made_results(task="other_task", seeds=6, items=80, seed=5)
-    alone = pd.concat([statistics.accuracy(results), statistics.accuracy(other)], ignore_index=True)
-    pd.testing.assert_frame_equal(statistics.accuracy(pd.concat([results, other])), alone)
+    alone = pd.concat([accuracy(results), accuracy(other)], ignore_index=True)
+    pd.testing.assert_frame_equal(accuracy(pd.concat([results, other])), alone)
 
 
 # -- intervals -------------------------------------------------------------------------------------
@@ -273,16 +281,6 @@ def test_hierarchical_bootstrap_against_plain_loops(results):
     assert (low, high) == pytest.approx(tuple(expected))
 
 
-def test_mcnemar_against_statsmodels(results):
-    table = inference.mcnemar(results, "carma", "fine_tuning", CLEAN)
-    clean = results[results["condition"] == "clean"]
-    clean = clean.pivot(index=["seed", "item_id"], columns="method", values="correct")
-    for line in table.itertuples():
-        both = clean.loc[line.seed]
-        cross = pd.crosstab(both["carma"].astype(bool), both["fine_tuning"].astype(bool))
-        assert line.p == pytest.approx(exact_mcnemar(cross, exact=True).pvalue)
-
-
 def test_cv_ratio_against_scipy_permutation():
     first, second = 0.6 + 0.02 * np.random.default_rng(0).normal(size=(2, 8)) * [[0.3], [1]]
     found = inference.cv_ratio_test(first, second)
@@ -309,36 +307,11 @@ def test_cv_ratio_says_what_few_seeds_can_show():
             inference.cv_ratio_test(np.array(first), np.array(second))
 
 
-def test_logistic_model_against_gee_and_odds(results):
-    rows = results[(results["method"] != "untuned") & (results["condition"] != "pooled")]
-    table = inference.logistic_model(rows, baseline="fine_tuning").set_index("term")
-    share = rows.groupby(["method", "condition", "rate"])["correct"].mean()
-    odds = share / (1 - share)
-    base = odds["fine_tuning", "clean", 0.0]
-    assert table.loc["intercept", "odds_ratio"] == pytest.approx(base)
-    assert table.loc["carma", "odds_ratio"] == pytest.approx(odds["carma", "clean", 0.0] / base)
-    changed = odds["carma", "replaced", 0.4] / odds["fine_tuning", "replaced", 0.4]
-    expected = changed / table.loc["carma", "odds_ratio"]
-    assert table.loc["carma × replaced 40 %", "odds_ratio"] == pytest.approx(expected)
-    # Where seeds are copies of one another only items vary: GEE clustered by item gives the same errors.
-    copies = pd.concat([rows[(rows["seed"] == 0) & (rows["condition"] == "clean")].assign(seed=seed)
-                        for seed in range(2)])
-    design = pd.DataFrame({"intercept": 1.0, "carma": (copies["method"] == "carma").astype(float)})
-    gee = sm.GEE(copies["correct"].astype(float), design, copies["item_id"], family=sm.families.Binomial(),
-                 cov_struct=sm.cov_struct.Independence()).fit()
-    assert np.log(inference.logistic_model(copies, baseline="fine_tuning")["odds_ratio"]).to_numpy() == \
-        pytest.approx(gee.params.to_numpy(), abs=1e-6)
-    with pytest.raises(ValueError, match="all or no answers right"):
-        inference.logistic_model(rows.assign(correct=True), baseline="fine_tuning")
-    with pytest.raises(ValueError, match="one task"):
-        inference.logistic_model(pd.concat([rows, rows.assign(task="b")]), baseline="fine_tuning")
-
-
-def test_hedges_g_by_hand():
+def test_effect_size_by_hand():
     # Hedges' exact factor for four degrees of freedom is 0.7979; two seeds have none.
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert inference.hedges_g(values) == pytest.approx(3 / np.sqrt(2.5) * 0.7979, rel=1e-4)
-    assert np.isnan(inference.hedges_g(values[:2])) and np.isnan(inference.hedges_g(np.ones(5)))
+    assert inference.effect_size(values) == pytest.approx(3 / np.sqrt(2.5) * 0.7979, rel=1e-4)
+    assert np.isnan(inference.effect_size(values[:2])) and np.isnan(inference.effect_size(np.ones(5)))
 
 
 def test_holm_against_statsmodels():
@@ -352,9 +325,9 @@ def test_power_against_statsmodels():
     for seeds in (3, 10, 40):
         expected = TTestPower().power(0.02 / 0.03, seeds, 0.05)
         assert inference.power(0.02, seeds, 0.03) == pytest.approx(expected, abs=1e-6)
-    needed = TTestPower().solve_power(0.02 / 0.03, alpha=0.05, power=0.8)
-    assert inference.seeds_needed(0.02, 0.03) == int(np.ceil(needed))
-    assert inference.seeds_needed(0.02, 0.03, item_error=0.02) is None
+    needed = int(np.ceil(TTestPower().solve_power(0.02 / 0.03, alpha=0.05, power=0.8)))
+    assert inference.power(0.02, needed - 1, 0.03) < 0.8 <= inference.power(0.02, needed, 0.03)
+    assert inference.power(0.02, 1000, 0.03, item_error=0.02) < 0.8
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -439,6 +412,231 @@ def test_a_claim_must_name_one_cell(results):
         primary_comparisons(results, [PLAN[0], PLAN[0]])
 
 
+# -- few seeds, few items --------------------------------------------------------------------------
+
+def crossed(values):
+    values = np.asarray(values, float)
+    return statistics.Crossed(np.arange(len(values)), np.arange(values.shape[1]), values, np.ones_like(values))
+
+
+def few(seeds, items, first, second=0.0):
+    """Paired cells: the methods' answers as given, or so many seeds and items of one value."""
+    return [crossed(np.full((seeds, items), value) if np.isscalar(value) else value) for value in (first, second)]
+
+
+OPPOSITE = [[1, 0, 1, 0], [0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("rows", [OPPOSITE, OPPOSITE[:1], [[1, 1, 1, 1], [1, 1, 1, 1]], [[1], [1]]])
+def test_fewer_than_three_seeds_claim_nothing(rows):
+    """Two seeds whose means agree, one seed, no spread at all, one item: estimates, no p, no verdict."""
+    found = inference.paired_test(*few(len(rows), len(rows[0]), rows))
+    assert np.isnan(found.p) and found.estimate == np.mean(rows)
+    frame = made_results(methods={"fine_tuning": 0.0, "carma": 0.0}, seeds=len(rows), items=len(rows[0]), rates=(), layers=())
+    frame["correct"] = [False] * np.size(rows) + np.ravel(rows).astype(bool).tolist()
+    line = primary_comparisons(frame, PLAN[:2])
+    seeds = f"{len(rows)} seed{'s' * (len(rows) > 1)}"
+    assert line["estimate"].tolist() == [np.mean(rows)] * 2 and line["holm_p"].isna().all()
+    assert (line["outcome"] == "not tested").all()
+    assert line["verdict"].tolist() == [f"not tested: {seeds}, a claim needs 3"] * 2
+
+
+@pytest.mark.parametrize("rows", [
+    [[1, 0, 0, 1], [0, 1, 1, 0], [1, 1, 0, 0]], [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    [[1, 0] * 5, [0, 1] * 5, [1, 0] * 5, [0, 1] * 5], [[0, -1, 0, 0, 0], [0, 0, -1, 0, 0], [-1, 0, 0, 0, 0]]])
+def test_seed_means_that_happen_to_agree_are_no_certainty(rows):
+    """All seeds win as much, on other items: the spread within them bounds the seeds' part from below."""
+    values = np.array(rows, float)
+    found = crossed_interval(values)
+    seeds, items = values.shape
+    residual = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
+    mean_square = (residual**2).sum() / ((seeds - 1) * (items - 1))
+    least = stats.f.ppf(0.05, seeds - 1, (seeds - 1) * (items - 1)) * mean_square / values.size
+    assert found.standard_error**2 >= least * (1 - 1e-9) > 0 and found.low < found.estimate < found.high
+    positive, negative = crossed(values.clip(0)), crossed((-values).clip(0))
+    assert inference.paired_test(positive, negative).p > 1e-4
+
+
+def test_no_spread_at_all_is_an_exact_binomial_matter():
+    always = inference.paired_test(*few(3, 8, 1.0))
+    assert always.p == pytest.approx(stats.binomtest(8, 8).pvalue) and always.high == 1
+    assert always.low == pytest.approx(2 * stats.binomtest(8, 8).proportion_ci().low - 1)
+    assert inference.paired_test(*few(3, 2, 1.0)).p == pytest.approx(0.5), "two items are no evidence"
+    same = inference.paired_test(*few(3, 8, 1.0, 1.0))
+    assert same.p == 1 and -same.low == same.high == pytest.approx(stats.binomtest(0, 8).proportion_ci().high)
+    logs = inference.paired_test(*few(3, 8, -1.0, -2.0))
+    assert np.isnan(logs.p) and np.isnan(logs.low) and "no spread" in logs.note
+    # Of a ratio only items in its denominator count: 4 kept of 4 right ones among 50 are not 50 of 50.
+    cell = statistics.Crossed(np.arange(3), np.arange(50), *[np.tile(np.arange(50) < 4, (3, 1)).astype(float)] * 2)
+    assert cell.counted == 4
+    limit = crossed_interval(cell.values, counted=cell.counted, bounds=(0, 1)).low
+    assert limit == pytest.approx(stats.binomtest(4, 4).proportion_ci().low)
+
+
+@pytest.mark.parametrize("confidence", [95, 1, 0, -0.5, float("nan"), "0.95", True])
+def test_wrong_confidences_are_refused_at_every_door(results, confidence):
+    cells = few(3, 4, 1.0)
+    curves, values = made_history(), np.array([0.5, 0.6, 0.7])
+    for call in (lambda: primary_comparisons(results, PLAN[:1], confidence=confidence),
+                 lambda: statistics.summarise(results, "accuracy", confidence=confidence),
+                 lambda: statistics.coefficient_of_variation(results, confidence=confidence),
+                 lambda: statistics.macro_f1(results, confidence=confidence),
+                 lambda: inference.paired_test(*cells, confidence=confidence),
+                 lambda: inference.bootstrap_interval(*cells, confidence=confidence),
+                 lambda: inference.cv_ratio_test(values, values**2, confidence=confidence),
+                 lambda: still_rising(curves, confidence=confidence),
+                 lambda: clustered_slope(curves, "step", "validation_accuracy", confidence=confidence)):
+        with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
+            call()
+
+
+@pytest.mark.parametrize("where", [{"split": "test_sen"}, {"task": "sst"}, {"model": "gpt2"}, {"start": "bases"}])
+def test_a_filter_that_no_row_fits_is_refused_and_named(results, where):
+    with pytest.raises(ValueError, match=f"no {next(iter(where))} '{next(iter(where.values()))}'; it has"):
+        primary_comparisons(results, [{**PLAN[0], **where}])
+
+
+def test_tokens_that_read_alike_are_two_answers():
+    """' good' beside 'good': the text is the target's, the token is another, and no metric calls it right."""
+    frame = made_results(methods={"carma": 0.0}, seeds=3, items=6, layers=(), rates=(0.4,))
+    frame = frame.assign(prediction=frame["target"], correct=frame["condition"] == "clean")
+    assert (statistics.macro_f1(frame[frame["condition"] == "replaced"])["estimate"] == 0).all()
+    assert (statistics.macro_f1(frame[frame["condition"] == "clean"])["estimate"] == 1).all()
+    assert (statistics.summarise(frame, "agreement")["estimate"] == 0).all()
+    categories = frame.astype({"prediction": "category", "target": "category"})
+    assert (statistics.macro_f1(categories)["estimate"] == statistics.macro_f1(frame)["estimate"]).all()
+
+
+# -- curves ----------------------------------------------------------------------------------------
+
+def curves_of(late, seeds=4, noise=0.001, method="carma", task="t"):
+    """Validation accuracy every 100 of 900 steps: rises to 600, then by `late` a hundred steps."""
+    generator = np.random.default_rng(0)
+    return pd.DataFrame([dict(task=task, method=method, seed=seed, step=step, validation_accuracy=0.05 * min(step, 600) / 100
+                              + late * max(step - 600, 0) / 100 + generator.normal(0, noise))
+                         for seed in range(seeds) for step in range(100, 1000, 100)])
+
+
+@pytest.mark.parametrize("late, seeds, noise, verdict", [
+    (0.02, 4, 0.001, "still rises"), (0.0, 4, 0.0005, "has levelled"), (-0.02, 4, 0.001, "falls"),
+    (0.0, 4, 0.05, "cannot be told (the interval is too wide)"), (0.02, 2, 0.001, "cannot be told (fewer than three seeds)")])
+def test_a_curve_still_rises_or_has_levelled(late, seeds, noise, verdict):
+    curves = curves_of(late, seeds, noise)
+    line = still_rising(curves).iloc[0]
+    assert (line["verdict"], line["last_step"], line["n_seeds"]) == (verdict, 900, seeds)
+    slopes = [stats.linregress(rows["step"], rows["validation_accuracy"]).slope
+              for _, rows in curves[curves["step"] >= 600].groupby("seed")]
+    low, high = stats.t.interval(0.95, seeds - 1, np.mean(slopes), stats.sem(slopes))
+    assert line[["slope", "low", "high"]].tolist() == pytest.approx([1000 * np.mean(slopes), 1000 * low, 1000 * high])
+
+
+def test_curves_with_gaps_one_step_or_missing_columns():
+    two = pd.concat([curves_of(0.02), curves_of(0.0, method="fine_tuning")])
+    gaps = pd.concat([two, two.assign(validation_accuracy=np.nan, step=1000)])
+    pd.testing.assert_frame_equal(still_rising(gaps), still_rising(two))
+    one = still_rising(two[two["step"] == 900])
+    assert one["slope"].isna().all() and one["verdict"].str.startswith("cannot be told").all()
+    last_two = still_rising(two[two["step"].isin([100, 900])]).set_index("method")
+    assert last_two.loc["carma", "verdict"] == "still rises"
+    assert len(still_rising(pd.concat([two.assign(start="base"), two.assign(start="random")]))) == 4
+    with pytest.raises(ValueError, match="lack the columns"):
+        still_rising(two.drop(columns="step"))
+
+
+def test_an_answer_carries_its_training_length_and_its_curve(results):
+    curves = pd.concat([curves_of(0.02, task="made_task"), curves_of(0.0, noise=0.0005, task="made_task", method="fine_tuning")])
+    line = primary_comparisons(results.assign(budget=results["budget"] * 9), PLAN[:1], curves=curves).iloc[0]
+    assert line["steps"] == 900 and line["curve"] == "CARMA: still rises; fine-tuning: has levelled"
+    early = primary_comparisons(results.assign(budget=results["budget"] * 6), PLAN[:1], curves=curves).iloc[0]
+    assert early["steps"] == 600 and early["curve"] == "still rises", "curves are read up to the budget"
+    none = primary_comparisons(results, PLAN[:1]).iloc[0]
+    assert none["steps"] == 100 and none["curve"] == ""
+    assert line["p"] == none["p"], "curves change no test"
+
+
+def test_a_slope_by_clusters_is_a_jackknife_over_them():
+    generator = np.random.default_rng(0)
+    runs = pd.DataFrame([dict(seed=seed, method=method, x=generator.normal()) for seed in range(6) for method in ("a", "b")])
+    runs["y"] = 2 * runs["x"] + generator.normal(size=6)[runs["seed"]] + (runs["method"] == "b")
+    found = clustered_slope(runs, "x", "y", control="method")
+    formula = "y ~ x + C(method)"
+    whole = sm.OLS.from_formula(formula, runs).fit().params["x"]
+    left = [sm.OLS.from_formula(formula, runs[runs["seed"] != seed]).fit().params["x"] for seed in range(6)]
+    error = np.sqrt(5 / 6 * sum((each - whole) ** 2 for each in left))
+    low, high = whole + np.array([-1, 1]) * stats.t.ppf(0.975, 5) * error
+    assert (found.slope, found.low, found.high) == pytest.approx((whole, low, high))
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(whole) / error, 5)) and found[4:] == (6, 12)
+    few_seeds = clustered_slope(runs[runs["seed"] < 2], "x", "y", control="method")
+    assert np.isnan(few_seeds.p) and np.isfinite(few_seeds.slope)
+    alone = clustered_slope(runs.assign(x=(runs["seed"] == 0) * np.tile([0.0, 1.0], 6)), "x", "y", control="method")
+    assert np.isnan(alone.p) and np.isnan(alone.low), "one seed alone carries the slope"
+
+
+@pytest.mark.parametrize("seeds", [5, 10])
+def test_clustered_slopes_are_honest_for_few_seeds(seeds):
+    """x and y share the seed's luck by chance only: plain least squares rejects far too often, the jackknife does not."""
+    generator, wrong = np.random.default_rng(seeds), []
+    for _ in range(800):
+        luck = generator.normal(size=(2, seeds)).repeat(2, axis=1)
+        x, y = luck + 0.3 * generator.normal(size=(2, 2 * seeds))
+        runs = pd.DataFrame(dict(seed=np.arange(seeds).repeat(2), method=["a", "b"] * seeds, x=x, y=y))
+        plain = sm.OLS(y, sm.add_constant(np.column_stack([x, np.tile([0, 1], seeds)]))).fit().pvalues[1]
+        wrong.append((clustered_slope(runs, "x", "y", control="method").p < 0.05, plain < 0.05))
+    ours, plain = np.mean(wrong, axis=0)
+    assert ours <= 0.08 < 0.13 < plain  # 5,000 studies: 5 to 7 % and 16 to 18 %
+
+
+# -- the default claims ----------------------------------------------------------------------------
+
+def test_default_claims_are_those_of_the_statistics_notebook():
+    sizes = dict(seeds=2, items=4, layers=(0, 1, 2), task="controlled_made")
+    three = pd.concat([made_results(split=f"test_{split}", **sizes) for split in ("seen", "held_out", "longer")])
+    plan = default_claims(pd.concat([three, made_results(**sizes | {"task": "one_split"})]))
+    asked = [(claim["name"], claim["kind"], claim["metric"], claim["split"]) for claim in plan]
+    assert asked == [
+        ("made: new combinations", "difference", "accuracy", "test_held_out"),
+        ("made: longer texts", "difference", "accuracy", "test_longer"),
+        ("made: synonyms", "difference", "consist_syn", "test_seen"),
+        ("made: pooling", "difference", "accuracy_kept", "test_seen"),
+        ("made: spread across seeds", "cv ratio", "accuracy", "test_held_out"),
+        ("made: performance preserved", "non-inferiority", "accuracy", "test_seen"),
+        ("one split: accuracy", "difference", "accuracy", "test"),
+        ("one split: synonyms", "difference", "consist_syn", "test"),
+        ("one split: pooling", "difference", "accuracy_kept", "test"),
+        ("one split: spread across seeds", "cv ratio", "accuracy", "test"),
+        ("one split: performance preserved", "non-inferiority", "accuracy", "test")]
+    assert plan[2]["rate"] == 0.25 and plan[3]["depth_share"] == 0.5 and plan[5]["margin"] == 0.02
+    assert all(claim["method"] == "carma" and claim["baseline"] == "fine_tuning" for claim in plan)
+    assert len(primary_comparisons(three, plan[:6])) == 6
+
+
+@pytest.mark.parametrize("methods, baseline, pairs", [
+    ({"fine_tuning": 0, "mine": 1}, "fine_tuning", [("mine", "fine_tuning")]),
+    ({"r_drop": 0, "neftune": 1}, "fine_tuning", [("neftune", "r_drop")]),
+    ({"carma": 0}, "carma", []), ({"untuned": 0}, None, []),
+    ({"untuned": 0, "zeta": 0, "alpha": 0, "l2_sp": 1}, "l2_sp", [("alpha", "l2_sp"), ("zeta", "l2_sp")])])
+def test_default_claims_take_any_methods(methods, baseline, pairs):
+    results = made_results(methods=methods, seeds=3, items=6)
+    plan = default_claims(results)
+    assert list(dict.fromkeys((claim["method"], claim["baseline"]) for claim in plan)) == pairs
+    if pairs:
+        assert len(primary_comparisons(results, plan)) == len(plan) == 5 * len(pairs)
+    else:
+        with pytest.raises(ValueError, match="two trained methods"):
+            primary_comparisons(results, plan)
+
+
+def test_default_claims_name_models_and_methods_where_there_are_several():
+    parts = [made_results(methods={"fine_tuning": 0, "carma": 0, "r_drop": 0}, seeds=1, items=3, rates=(), layers=(), model=name)
+             for name in ("org/small", "org/large")]
+    names = [claim["name"] for claim in default_claims(pd.concat(parts), questions=["new combinations"])]
+    assert names == [f"{model}, made task: {method}, accuracy" for model in ("small", "large") for method in ("CARMA", "R-Drop")]
+    parts[1]["model"] = "other/small"
+    assert len({claim["name"] for claim in default_claims(pd.concat(parts))}) == 12
+    with pytest.raises(ValueError, match="unknown questions"):
+        default_claims(parts[0], questions=["speed"])
+
+
 # -- studies whose truth is known ------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["5 seeds", "5 seeds, seeds hardly differ", "5 seeds, seeds differ much"])
@@ -457,6 +655,13 @@ def test_cv_intervals_cover_and_the_permutation_test_is_honest(evidence):
 
 def test_family_of_null_claims_is_rarely_let_through(evidence):
     assert evidence.family_error(evidence.DESIGNS["5 seeds"], 600, seed=2) <= 0.073
+
+
+@pytest.mark.parametrize("name", ["3 seeds, 10 items, 60 % right", "3 seeds, 20 items, 9 % right",
+                                  "3 seeds, 40 items, 95 % right"])
+def test_small_studies_are_let_through_no_more_often(evidence, name):
+    found = evidence.small_studies(evidence.SMALL_DESIGNS[name], 800, seed=4)
+    assert found["wrong at 5 %"] <= 0.07 and found["wrong at 0.5 %"] <= 0.011 and found["difference covered"] >= 0.93, found
 
 
 def test_power_rises_with_seeds_as_the_formula_says(evidence):

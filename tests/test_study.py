@@ -12,8 +12,8 @@ from carma_lib.stats.table import RESULT_COLUMNS, ResultsError, check_results
 from carma_lib.lab.study import is_done, prepare, run_cell, run_cells
 from carma_lib.lab.study_plan import (ALTERNATIVES, TRIALS, Design, Recipe, StudyCell, carma_of, design_from, read_plan,
                                   recipe_from, strength_of, write_plan)
-from carma_lib.lab.study_tables import (best_trials, cells_of, chosen_rates, chosen_strengths, curve_summary,
-                                    paired_differences, read_answers, read_cells)
+from carma_lib.lab.study_tables import (best_trials, cells_of, chosen_rates, chosen_strengths, read_answers, read_cells)
+from carma_lib.stats.curves import curve_summary, paired_differences
 
 RECIPE = Recipe(budgets=(3, 5), batch_size=8, warmup_steps=1, base_steps=3, validation_items=30, test_items=24,
                 pooled_items=12, adversary_tries=2, heads=2, rates=(0.25,), depth_shares=(0.5, 1.0),

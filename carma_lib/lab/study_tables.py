@@ -1,17 +1,14 @@
-"""The controlled study's tables read back: what the trials chose, answers, learning curves, paired differences."""
+"""The controlled study's tables read back: answers, measures, and what the trials chose."""
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as parquet
-from scipy.integrate import trapezoid
 
-from carma_lib.stats.intervals import crossed_interval
 from carma_lib.stats.table import RESULT_COLUMNS, ResultsError
 from carma_lib.lab.study_plan import StudyCell
 
@@ -99,55 +96,3 @@ def chosen_strengths(trials: pd.DataFrame) -> dict[tuple[str, str], float]:
     """(task, method) → strength, from `best_trials`."""
     others = trials[trials["method"] != "fine_tuning"]
     return {(row.task, row.method): row.strength for row in others.itertuples()}
-
-
-def curve_summary(measures: pd.DataFrame, *, level: float = 0.5) -> pd.DataFrame:
-    """What a learning curve says, a row a cell and split: area, steps_to_level, converged.
-
-    area: mean accuracy over the logarithm of the steps, by the trapezoid rule between first and last budget.
-    steps_to_level: steps until accuracy first reaches `level`, between budgets by a straight line over log
-    steps; the first budget if it is there already, NaN if it never is. converged: accuracy at the last budget.
-    """
-    found = measures[(measures["measure"] == "accuracy") & (measures["split"] != "validation")]
-    lines = []
-    for key, rows in found.groupby([*CELL_FACTS, "split"], dropna=False, sort=False):
-        rows = rows.sort_values("budget")
-        steps, values = np.log(rows["budget"].to_numpy(float)), rows["measured"].to_numpy(float)
-        area = trapezoid(values, steps) / np.ptp(steps) if len(steps) > 1 else values[0]
-        lines.append(dict(zip([*CELL_FACTS, "split"], key)) | {
-            "area": area, "steps_to_level": _first_at(steps, values, level), "converged": values[-1]})
-    return pd.DataFrame(lines)
-
-
-def _first_at(steps: np.ndarray, values: np.ndarray, level: float) -> float:
-    above = np.flatnonzero(values >= level)
-    if not len(above):
-        return float("nan")
-    place = above[0]
-    if not place:
-        return float(np.exp(steps[0]))
-    share = (level - values[place - 1]) / (values[place] - values[place - 1])
-    return float(np.exp(steps[place - 1] + share * (steps[place] - steps[place - 1])))
-
-
-def paired_differences(table: pd.DataFrame, value: str, *, by: Sequence[str], method: str = "carma",
-                       baseline: str = "fine_tuning", confidence: float = 0.95) -> pd.DataFrame:
-    """Method minus baseline of one value a seed, by the columns `by`: estimate, low, high (t over seeds), n_seeds.
-
-    Seeds that lack either value are left out. Rows: one for each method of the table where `method` is "".
-    """
-    lines = []
-    for key, rows in table.groupby(list(by), dropna=False, sort=False, observed=True):
-        wide = rows.pivot_table(index="seed", columns="method", values=value, observed=True)
-        others = [name for name in wide.columns if name != baseline] if not method else [method]
-        for name in others if baseline in wide else ():
-            if name not in wide:
-                continue
-            pairs = wide[[name, baseline]].dropna()
-            line = dict(zip(by, key)) | {"method": name, "baseline": baseline, "n_seeds": len(pairs)}
-            if len(pairs):
-                found = crossed_interval((pairs[name] - pairs[baseline]).to_numpy()[:, None], confidence=confidence)
-                line |= {"estimate": found.estimate, "low": found.low, "high": found.high,
-                         "method_estimate": pairs[name].mean(), "baseline_estimate": pairs[baseline].mean()}
-            lines.append(line)
-    return pd.DataFrame(lines)

@@ -268,26 +268,6 @@ def _forest(axes: Axes, rows: pd.DataFrame, scale: float) -> None:
 
 
 @styled
-def heat_map(grid: pd.DataFrame, *, label: str) -> Figure:
-    """A metric over λ (rows) × last layer of the terms (columns), value in each cell; no interval is drawn.
-
-    `grid`: columns carma_weight, end_layer, value (a share); an empty cell was not run. The colour scale,
-    from light to dark, keeps its order in grey.
-    """
-    check_one(grid, [], "heat_map")
-    if grid.duplicated(["carma_weight", "end_layer"]).any():
-        raise ValueError("heat_map shows one value a carma_weight and end_layer; average over seeds first")
-    table = grid.pivot(index="carma_weight", columns="end_layer", values="value").sort_index(ascending=False)
-    width = COLUMN if table.shape[1] <= 6 else PAGE
-    figure, (axes,) = make_panels(width, 0.9 + 0.32 * len(table))
-    sns.heatmap(100 * table, annot=True, fmt=".1f", cmap="cividis_r", ax=axes, linewidths=0.5,
-                annot_kws={"size": 7}, cbar_kws={"label": f"{label}, %"})
-    axes.grid(visible=False)
-    axes.set(xlabel="last layer of the terms", ylabel="λ")
-    return figure
-
-
-@styled
 def drift_by_layer(drift: pd.DataFrame, *, label: str = "distance from the start") -> Figure:
     """Distance of hidden states from the starting model by layer: thin lines seeds, thick line their mean.
 
@@ -305,23 +285,4 @@ def drift_by_layer(drift: pd.DataFrame, *, label: str = "distance from the start
     axes.set(xlabel="layer", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_below(figure, np.array([axes]))
-    return figure
-
-
-@styled
-def power_by_seeds(power: pd.DataFrame, *, difference: float) -> Figure:
-    """Power to find a true `difference` (in shares) by number of seeds, a line a claim of `power_table`.
-
-    The thin line is the customary 80 %. Claims are no methods, so they have line styles, not colours.
-    """
-    check_one(power, [], "power_by_seeds")
-    figure, (axes,) = make_panels(COLUMN, 2.6)
-    for place, (name, line) in enumerate(power.groupby("name", sort=False)):
-        axes.plot(line["n_seeds"], line["power"], label=name, color=("black", "#777777")[place // 4 % 2],
-                  linestyle=("-", "--", "-.", ":")[place % 4])
-    axes.axhline(0.8, color="black", linewidth=0.5)
-    axes.set(xlabel="seeds", ylabel=f"power for {100 * difference:g} points", ylim=(0, 1.02))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", fontsize=7, frameon=False, ncols=1)
     return figure

@@ -178,20 +178,20 @@ def claim_rows(comparisons: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
             _number(row, "estimate", sign=True),
             f"{_number(row, 'low', sign=True)} to {_number(row, 'high', sign=True)}" if known else "",
             _p(row["holm_p"]), "" if pd.isna(row["effect_size"]) else f"{row['effect_size']:.2f}",
-            f"{row['n_items']:,}", str(row["n_seeds"]),
+            f"{row['n_items']:,}", str(row["n_seeds"]), f"{row['steps']:,}",
             row["verdict"] + (f" ({row['note']})" if row["note"] else "")])
-    return ["claim", "method", "baseline", "difference or ratio", "95 % interval", "p (Holm)", "Hedges' g",
-            "items", "seeds", "verdict"], rows
+    return ["claim", "method", "baseline", "difference or ratio", "95 % interval", "p (Holm)", "effect size d_z",
+            "items", "seeds", "steps", "verdict"], rows
 
 
 def answer(comparisons: pd.DataFrame) -> list[tuple[str, int | None]]:
-    """Up to five sentences and, for each, the row of the claim it rests on (None: the whole table).
+    """About five sentences and, for each, the row of the claim it rests on (None: the whole table).
 
-    First how many claims were shown, then one sentence a claim: the first of each subject (a metric's
-    difference, non-inferiority, spread), those of `_FIRST` before others, then the rest, in the plan's
-    order. The verdicts say what was shown, also where that is nothing.
+    First how many claims were shown; then at least one claim of each task, the largest difference among them; then
+    further ones up to four, each subject (a metric's difference, non-inferiority, spread) once before any again, those
+    of `_FIRST` before others. The verdicts say what was shown, also if that is nothing, after how much training.
     """
-    rows = comparisons.fillna({"note": ""}).to_dict("records")
+    rows = comparisons.fillna({"note": "", "curve": ""}).to_dict("records")
     tested = [row for row in rows if row["outcome"] != "not tested"]
     counts = comparisons["outcome"].value_counts()
     parts = [f"{counts.get('shown', 0) or 'none'} shown", f"{counts.get('open', 0) or 'none'} left open"]
@@ -203,11 +203,26 @@ def answer(comparisons: pd.DataFrame) -> list[tuple[str, int | None]]:
     extent = f", with {seeds} seeds and {items} items a claim" if tested else ""
     first = (f"Of {len(rows)} claims written down beforehand, after Holm's correction: "
              f"{', '.join(parts)}{extent}.")
+    return [(first, None), *((_sentence(rows[place]), place) for place in sorted(_chosen(rows)))]
+
+
+def _chosen(rows: list[dict], most: int = 4) -> list[int]:
+    """Places of the claims that the answer tells: see `answer`."""
     subjects = [row["metric"] if row["kind"] == "difference" else row["kind"] for row in rows]
-    leading = [place for place, subject in enumerate(subjects) if subject not in subjects[:place]]
-    leading.sort(key=lambda place: [*_FIRST, subjects[place]].index(subjects[place]))
-    chosen = sorted((leading + [place for place in range(len(rows)) if place not in leading])[:4])
-    return [(first, None), *((_sentence(rows[place]), place) for place in chosen)]
+    tasks = [row.get("task", "") for row in rows]
+    rank = sorted(range(len(rows)), key=lambda place: (rows[place]["outcome"] == "not tested",
+                                                       [*_FIRST, subjects[place]].index(subjects[place]), place))
+    sizes = {place: abs(row["estimate"]) for place, row in enumerate(rows) if row["kind"] == "difference"
+             and abs(METRICS[row["metric"]].bounds[0]) <= 1 and pd.notna(row["estimate"])}
+    chosen = [max(sizes, key=lambda place: (rows[place]["outcome"] != "not tested", sizes[place]))] if sizes else []
+    for place in rank:
+        if tasks[place] not in [tasks[other] for other in chosen]:
+            chosen.append(place)
+    while len(chosen) < min(most, len(rows)):
+        told = [subjects[place] for place in chosen]
+        chosen.append(min((place for place in rank if place not in chosen),
+                          key=lambda place: (told.count(subjects[place]), rank.index(place))))
+    return chosen
 
 
 def _range(values: list) -> str:
@@ -216,12 +231,24 @@ def _range(values: list) -> str:
 
 
 def _sentence(row: dict) -> str:
-    if row["outcome"] == "not tested":
+    if pd.isna(row["estimate"]):
         return f"{row['name']}: not tested, because {row['note'] or 'the data do not allow it'}."
     ratio = row["kind"] == "cv ratio"
     unit = " points" if not ratio and abs(METRICS[row["metric"]].bounds[0]) <= 1 else ""
     estimate, low, high = (_number(row, name, sign=not ratio) for name in ("estimate", "low", "high"))
+    interval = f", 95 % interval {low} to {high}" if low and high else ""
     p = _p(row["holm_p"])
-    return (f"{row['name']}: {row['verdict']} ({_number(row, 'method_estimate')} against "
-            f"{_number(row, 'baseline_estimate')}; {'ratio' if ratio else 'difference'} {estimate}{unit}, "
-            f"95 % interval {low} to {high}, p {p if p.startswith('<') else '= ' + p}).")
+    p = f", p {p if p.startswith('<') else '= ' + p}" if p else ""
+    length = f", after {row['steps']:,} training steps" if row["steps"] else ""
+    return (f"{row['name']}: {row['verdict']}{length} ({_number(row, 'method_estimate')} against "
+            f"{_number(row, 'baseline_estimate')}; {'ratio' if ratio else 'difference'} {estimate}{unit}{interval}{p})."
+            + _of_curve(row["curve"]))
+
+
+def _of_curve(curve: str) -> str:
+    if not curve:
+        return ""
+    if ": " not in curve:
+        return f" Whether validation accuracy still rises there {curve}." if curve.startswith("cannot") else \
+            f" Validation accuracy {curve} there."
+    return f" Validation accuracy there: {curve.replace(': ', ' ').replace(';', ',')}."

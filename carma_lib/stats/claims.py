@@ -1,26 +1,30 @@
-"""The primary comparisons: a plan written down before looking, and its one table of answers."""
+"""The claims: a plan written down before looking, and its one table of answers."""
 from __future__ import annotations
 
-from typing import Iterable
+from typing import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 
-from carma_lib.stats.inference import (FILTER_COLUMNS, NotComparable, bootstrap_interval, cv_ratio_test, hedges_g,
-                                 holm, pair, paired_test, power)
-from carma_lib.stats.table import METHOD_LABELS
+from carma_lib.stats.curves import still_rising
+from carma_lib.stats.inference import (FEWEST_SEEDS, FILTER_COLUMNS, NotComparable, bootstrap_interval, cv_ratio_test,
+                                       effect_size, holm, pair, paired_test, power)
+from carma_lib.stats.intervals import check_confidence
 from carma_lib.stats.metrics import METRICS
+from carma_lib.stats.table import METHOD_LABELS
 
 KINDS = ("difference", "non-inferiority", "cv ratio")
+#: What `default_claims` asks, in this order.
+QUESTIONS = ("new combinations", "longer texts", "synonyms", "pooling", "spread across seeds", "performance preserved")
 _NEEDED = ("name", "kind", "metric", "method", "baseline")
 _NUMBERS = ("estimate", "low", "high", "p", "holm_p", "bootstrap_low", "bootstrap_high", "effect_size",
             "method_estimate", "baseline_estimate", "standard_error", "seed_deviation")
 
 
 def check_plan(plan: list[dict]) -> None:
-    """ValueError with one line where a claim of the plan is incomplete, unknown, unclear or stands twice."""
+    """ValueError with one line if a claim of the plan is incomplete, unknown, unclear or named twice."""
     if not plan:
-        raise ValueError("the plan holds no claim")
+        raise ValueError("the plan holds no claim: a comparison needs two trained methods")
     for claim in plan:
         name = claim.get("name", claim)
         if missing := [key for key in _NEEDED if not claim.get(key)]:
@@ -38,25 +42,94 @@ def check_plan(plan: list[dict]) -> None:
         raise ValueError("two claims of the plan have the same name")
 
 
-def primary_comparisons(results: pd.DataFrame, plan: list[dict], *, confidence: float = 0.95) -> pd.DataFrame:
+def default_claims(results: pd.DataFrame, *, baseline: str = "fine_tuning", methods: Sequence[str] | None = None,
+                   questions: Sequence[str] = QUESTIONS, margin: float = 0.02) -> list[dict]:
+    """The project's questions as a plan for `primary_comparisons`: each method against the baseline, by task and model.
+
+    methods: those compared, all trained ones by default. If the baseline was not trained, the first trained method of
+    `METHOD_LABELS` is the baseline. `questions` of `QUESTIONS`; their rows:
+
+    - new combinations: accuracy on held-out combinations; called "accuracy" if the task has no such split
+    - longer texts: accuracy on longer texts, if the task has such a split
+    - synonyms: ConsistSyn on seen combinations at 25 % replaced, or the lowest rate
+    - pooling: accuracy kept on seen combinations, words pooled by their mean, start nearest to half of the depth
+    - spread across seeds: ratio of the CVs of accuracy on held-out combinations
+    - performance preserved: accuracy on seen combinations, non-inferior by `margin` (in shares)
+
+    A task without one of these splits is asked on "test", or on its first split. What was not measured is not asked.
+    The list is empty if fewer than two methods were trained.
+    """
+    if unknown := [name for name in questions if name not in QUESTIONS]:
+        raise ValueError(f"unknown questions {unknown}; known are {list(QUESTIONS)}")
+    trained = set(results.loc[results["budget"] > 0, "method"].astype(str))
+    present = sorted(trained, key=lambda name: ([*METHOD_LABELS, name].index(name), name))
+    baseline = baseline if baseline in trained or not present else present[0]
+    others = [name for name in (methods or present) if name != baseline]
+    names = {model: model.rpartition("/")[2] for model in map(str, results["model"].unique())}
+    if len(set(names.values())) < len(names):
+        names = {model: model for model in names}
+    plan = []
+    for task, model in results[["task", "model"]].astype(str).drop_duplicates().itertuples(index=False):
+        rows = results[(results["task"] == task) & (results["model"] == model) & (results["budget"] > 0)]
+        if rows.empty:
+            continue
+        here = [name for name in others if methods or name in set(rows["method"].astype(str))]
+        where = {"task": task, **({"model": model} if len(names) > 1 else {})}
+        label = (f"{names[model]}, " if len(names) > 1 else "") + task.removeprefix("controlled_").replace("_", " ")
+        for method in here if baseline in set(rows["method"].astype(str)) else ():
+            who = f"{METHOD_LABELS.get(method, method)}, " if len(others) > 1 else ""
+            plan += [{"name": f"{label}: {who}{name}", "kind": kind, "metric": metric, **where, "method": method,
+                      "baseline": baseline, **more} for name, kind, metric, more in _asked(rows, questions, margin)]
+    return plan
+
+
+def _asked(rows: pd.DataFrame, questions: Sequence[str], margin: float) -> list[tuple[str, str, str, dict]]:
+    """(name, kind, metric, filters) of each question that the rows of one task and model can answer."""
+    splits = list(rows["split"].astype(str).unique())
+    seen, held_out, longer = (f"test_{name}" if f"test_{name}" in splits else "test" if "test" in splits else splits[0]
+                              for name in ("seen", "held_out", "longer"))
+    rates = sorted(rows.loc[rows["condition"] == "replaced", "rate"].unique())
+    pooled = rows[(rows["condition"] == "pooled") & (rows["protocol"] == "mean") & (rows["level"] == "word")]
+    share = min(sorted(pooled["depth_share"].unique()), key=lambda value: abs(value - 0.5), default=None)
+    asked = {
+        "new combinations": ("difference", "accuracy", {"split": held_out, "condition": "clean"}),
+        "longer texts": ("difference", "accuracy", {"split": longer, "condition": "clean"}),
+        "synonyms": ("difference", "consist_syn", {"split": seen, "condition": "replaced",
+                     "rate": 0.25 if 0.25 in rates else float(rates[0])} if rates else None),
+        "pooling": ("difference", "accuracy_kept", None if share is None else {
+            "split": seen, "condition": "pooled", "depth_share": float(share), "protocol": "mean", "level": "word"}),
+        "spread across seeds": ("cv ratio", "accuracy", {"split": held_out, "condition": "clean"}),
+        "performance preserved": ("non-inferiority", "accuracy",
+                                  {"split": seen, "condition": "clean", "margin": margin})}
+    if longer != "test_longer":
+        del asked["longer texts"]
+    called = {"new combinations": "new combinations" if held_out == "test_held_out" else "accuracy"}
+    return [(called.get(name, name), *asked[name]) for name in questions if name in asked and asked[name][2]]
+
+
+def primary_comparisons(results: pd.DataFrame, plan: list[dict], *, curves: pd.DataFrame | None = None,
+                        confidence: float = 0.95) -> pd.DataFrame:
     """One row a claim of the plan, in its order, corrected by Holm's method over the whole plan.
 
-    A claim is a dict: name, kind ('difference', 'non-inferiority', 'cv ratio'), metric (of `METRICS`),
-    method, baseline, for non-inferiority margin (in shares: 0.02 is two points), and filters (task, split,
-    condition, rate …) that leave one cell a method.
+    A claim is a dict: name, kind ('difference', 'non-inferiority', 'cv ratio'), metric (of `METRICS`), method,
+    baseline, for non-inferiority margin (in shares: 0.02 is two points), and filters (task, split, condition, rate …)
+    that leave one cell a method. `curves`: learning curves as `still_rising` takes them, read up to a claim's budget.
 
-    Columns: name, kind, metric, method, baseline, the filters, margin, method_estimate, baseline_estimate,
-    estimate (method minus baseline in shares, or the ratio of the two CVs), low, high (`crossed_interval`;
-    Pitman and Morgan's for a ratio), p, holm_p, bootstrap_low, bootstrap_high (`bootstrap_interval`),
-    effect_size (`hedges_g`), standard_error, seed_deviation (of the paired differences), n_items (in either
-    method's denominator), n_seeds,
-    outcome ('shown', 'the opposite shown', 'open' or 'not tested', of the claim that the method is better, no
-    worse or steadier), verdict (the same in words), note. A claim that cannot be tested has empty numbers and
-    its reason in note.
+    Columns: name, kind, metric, method, baseline, the filters, margin, method_estimate, baseline_estimate, estimate
+    (method minus baseline in shares, or the ratio of the two CVs), low, high (`crossed_interval`; Pitman and Morgan's
+    for a ratio), p, holm_p, bootstrap_low, bootstrap_high (`bootstrap_interval`), effect_size (d_z), standard_error,
+    seed_deviation (of the paired differences), n_items (in either method's denominator), n_seeds, steps (training
+    steps of the method), curve (what `still_rising` says of both methods there; empty without curves), note,
+    outcome ('shown', 'the opposite shown', 'open' or 'not tested', of the claim that the method is better, no worse or
+    steadier) and verdict (the same in words).
+
+    Fewer than `FEWEST_SEEDS` seeds: estimates and intervals, and outcome 'not tested'. A claim that cannot be estimated
+    has empty numbers and its reason in note. ValueError for an unclear plan, a task, split, model or start that the
+    table does not have, or a confidence outside (0, 1).
     """
+    check_confidence(confidence)
     check_plan(plan)
-    lines = [_compare(results, claim, confidence) for claim in plan]
-    table = pd.DataFrame(lines)
+    table = pd.DataFrame([_compare(results, claim, curves, confidence) for claim in plan])
     table["holm_p"] = holm(table["p"])
     table["outcome"] = [_outcome(row, 1 - confidence) for row in table.to_dict("records")]
     table["verdict"] = [_verdict(row) for row in table.to_dict("records")]
@@ -65,14 +138,15 @@ def primary_comparisons(results: pd.DataFrame, plan: list[dict], *, confidence: 
     return table[[*first, *(name for name in table if name not in first)]]
 
 
-def _compare(results: pd.DataFrame, claim: dict, confidence: float) -> dict:
+def _compare(results: pd.DataFrame, claim: dict, curves: pd.DataFrame | None, confidence: float) -> dict:
     line = {**claim, "margin": claim.get("margin", np.nan), **dict.fromkeys(_NUMBERS, np.nan), "n_items": 0,
-            "n_seeds": 0, "note": ""}
+            "n_seeds": 0, "steps": 0, "curve": "", "note": ""}
     where = {name: claim[name] for name in FILTER_COLUMNS if name in claim}
     try:
         first, second, notes = pair(results, claim["metric"], claim["method"], claim["baseline"], where)
         counted = (first.denominator > 0) | (second.denominator > 0)
-        line |= {"n_items": int(counted.any(axis=0).sum()), "n_seeds": len(first.seeds)}
+        line |= {"n_items": int(counted.any(axis=0).sum()), "n_seeds": len(first.seeds),
+                 "steps": int(first.key["budget"]), "curve": _curve_verdict(curves, first.key, second.key)}
         values = first.values.mean(axis=1), second.values.mean(axis=1)
         if claim["kind"] == "cv ratio":
             found = cv_ratio_test(*values, confidence=confidence)
@@ -82,13 +156,26 @@ def _compare(results: pd.DataFrame, claim: dict, confidence: float) -> dict:
             estimates = [value.mean() for value in values]
             low, high = bootstrap_interval(first, second, confidence=confidence)
             difference = values[0] - values[1]
-            line |= {"bootstrap_low": low, "bootstrap_high": high, "effect_size": hedges_g(difference),
+            line |= {"bootstrap_low": low, "bootstrap_high": high, "effect_size": effect_size(difference),
                      "seed_deviation": difference.std(ddof=1) if len(difference) > 1 else np.nan}
     except NotComparable as reason:
         return line | {"note": str(reason)}
     return line | found._asdict() | {
         "method_estimate": estimates[0], "baseline_estimate": estimates[1],
         "note": "; ".join(filter(None, [*notes, found.note]))}
+
+
+def _curve_verdict(curves: pd.DataFrame | None, *keys: dict) -> str:
+    """What the learning curves of the compared runs, up to their budgets, say; one verdict if both say the same."""
+    said = {}
+    for key in keys if curves is not None else ():
+        rows = curves[(curves["step"] <= key["budget"]) & curves["validation_accuracy"].notna()]
+        for name in ("task", "method", "start", "model"):
+            rows = rows[rows[name].astype(str) == str(key[name])] if name in rows else rows
+        if len(rows):
+            said[METHOD_LABELS.get(key["method"], key["method"])] = still_rising(rows)["verdict"].iloc[0]
+    same = len(set(said.values())) == 1
+    return next(iter(said.values())) if same else "; ".join(f"{name}: {verdict}" for name, verdict in said.items())
 
 
 def _outcome(row: dict, alpha: float) -> str:
@@ -108,7 +195,9 @@ def _outcome(row: dict, alpha: float) -> str:
 def _verdict(row: dict) -> str:
     method, baseline = (METHOD_LABELS.get(row[key], row[key]) for key in ("method", "baseline"))
     if row["outcome"] == "not tested":
-        return "not tested"
+        few = pd.notna(row["estimate"]) and row["n_seeds"] < FEWEST_SEEDS
+        return f"not tested: {row['n_seeds']} seed{'s' * (row['n_seeds'] > 1)}, a claim needs {FEWEST_SEEDS}" \
+            if few else "not tested"
     if row["kind"] == "non-inferiority":
         bounded = f"{method} is at most {100 * row['margin']:g} points worse than {baseline}"
         return bounded if row["outcome"] == "shown" else f"not shown that {bounded}"

@@ -1,8 +1,6 @@
-"""Tests and models over the long result table: is one method better, no worse, or steadier than another?
+"""Paired tests over the long result table: is one method better, no worse, or steadier than another?
 
-Methods are compared in pairs: the same items, and the same seeds (which fix data order and starting
-weights). `primary_comparisons` takes a plan written before looking and returns one row a claim, corrected
-over the plan.
+Methods are compared in pairs: on the same items, and on the same seeds (which fix data order and starting weights).
 """
 from __future__ import annotations
 
@@ -11,14 +9,16 @@ from typing import Iterable, NamedTuple
 
 import numpy as np
 import pandas as pd
-import statsmodels.api as sm
 from scipy import stats
 from scipy.special import gamma
+from statsmodels.stats.multitest import multipletests
 
-from carma_lib.stats.intervals import critical_value, crossed_interval, tail_probability
+from carma_lib.stats.intervals import check_confidence, critical_value, crossed_interval, tail_probability
 from carma_lib.stats.metrics import (CELL_COLUMNS, CONDITION_COLUMNS, METRICS, RUN_COLUMNS, Crossed, cells,
-                                  require_columns)
+                                     require_columns)
 
+#: A claim of difference between methods needs at least so many seeds; with fewer there are estimates only.
+FEWEST_SEEDS = 3
 FILTER_COLUMNS = [name for name in CELL_COLUMNS if name != "method"]
 
 
@@ -50,7 +50,8 @@ def find_crossed(results: pd.DataFrame, metric: str, method: str, where: dict | 
 
     Filters are any of `CELL_COLUMNS` but the method; that of the budget is not put to an untuned model.
 
-    Raises `NotComparable` where no cell fits or none of its items counts, ValueError where several cells fit.
+    Raises `NotComparable` if no cell fits or none of its items counts, ValueError if several cells fit or no row at
+    all has the task, split, model or start asked for.
     """
     where = dict(where or {})
     if unknown := [name for name in where if name not in FILTER_COLUMNS]:
@@ -60,6 +61,9 @@ def find_crossed(results: pd.DataFrame, metric: str, method: str, where: dict | 
     if method == "untuned":
         where.pop("budget", None)
     require_columns(results, CELL_COLUMNS)
+    for name in ("task", "split", "model", "start"):
+        if name in where and where[name] not in (known := sorted(results[name].astype(str).unique())):
+            raise ValueError(f"the table has no {name} {where[name]!r}; it has {', '.join(known)}")
     chosen = _matches(results, where | {"method": method}, RUN_COLUMNS)
     changed = chosen & _matches(results, where, CONDITION_COLUMNS)
     changed &= results["condition"].isin(METRICS[metric].conditions).to_numpy()
@@ -94,8 +98,8 @@ def pair(results: pd.DataFrame, metric: str, method: str, baseline: str,
         cell, other = pair_of[place], pair_of[1 - place]
         if name == "untuned" and len(cell.seeds) == 1:
             repeat = np.zeros(len(other.seeds), int)
-            pair_of[place] = Crossed(other.seeds, cell.items, cell.numerator[repeat],
-                                     cell.denominator[repeat])
+            pair_of[place] = Crossed(other.seeds, cell.items, cell.numerator[repeat], cell.denominator[repeat],
+                                     key=cell.key)
     seeds = np.intersect1d(pair_of[0].seeds, pair_of[1].seeds)
     items = np.intersect1d(pair_of[0].items, pair_of[1].items)
     if not len(seeds) or not len(items):
@@ -114,28 +118,39 @@ def pair(results: pd.DataFrame, metric: str, method: str, baseline: str,
 def _take(cell: Crossed, seeds: np.ndarray, items: np.ndarray) -> Crossed:
     rows = np.flatnonzero(np.isin(cell.seeds, seeds))
     columns = pd.Index(cell.items).get_indexer(items)
-    return Crossed(seeds, items, cell.numerator[rows][:, columns], cell.denominator[rows][:, columns])
+    return Crossed(seeds, items, cell.numerator[rows][:, columns], cell.denominator[rows][:, columns],
+                   key=cell.key)
 
 
 def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None,
                 confidence: float = 0.95) -> Comparison:
     """Difference first - second with its `crossed_interval` and the test of difference = 0.
 
-    With a `margin` (in the metric's units, above 0) the null hypothesis is difference ≤ -margin instead.
-    That test is one-sided and its p doubled, so that p < 1 - confidence exactly where the interval lies
-    above -margin. Where no answer differs between the two, a margin is not tested: without any spread there is
-    nothing to say how far they could differ.
+    With a `margin` (in the metric's units, above 0) the null hypothesis is difference ≤ -margin instead. That test is
+    one-sided and its p doubled, so that p < 1 - confidence exactly if the interval lies above -margin.
+
+    p is NaN (not tested) with fewer than `FEWEST_SEEDS` seeds. Without any spread there is no t: if every item differs
+    alike, p is the sign test's over items, 2 · 0.5^items; if no answer differs, p is 1, and a margin is not tested.
     """
-    found = crossed_interval(first.values - second.values, confidence=confidence)
-    if margin is not None and not np.any(first.values != second.values):
-        return Comparison(*found[:3], np.nan, 0.0, "no answer differs between the two: no test")
-    if not found.standard_error > 0:
-        apart = found.estimate != 0 if margin is None else found.estimate > -margin
-        return Comparison(*found[:3], np.nan if np.isnan(found.low) else float(not apart), 0.0, found.note)
-    statistic = (found.estimate + (margin or 0.0)) / found.standard_error
-    tail = tail_probability(abs(statistic) if margin is None else statistic, found.seed_share,
-                            *first.numerator.shape)
-    return Comparison(*found[:3], min(2 * tail, 1.0), found.standard_error, found.note)
+    values = first.values - second.values
+    shares = all(np.isin(cell.numerator, (0, 1)).all() for cell in (first, second))
+    counted = int(((first.denominator > 0) | (second.denominator > 0)).any(axis=0).sum())
+    constant = np.ptp(values) < 1e-12
+    found = crossed_interval(values, confidence=confidence, counted=counted,
+                             bounds=(-1, 1) if shares and constant else (-np.inf, np.inf))
+    above, note = found.estimate + (margin or 0.0), found.note
+    if len(values) < FEWEST_SEEDS:
+        p = np.nan
+    elif constant and abs(found.estimate) < 1e-12:
+        p, note = (1.0, note) if margin is None else (np.nan, "no answer differs between the two: no test")
+    elif constant:
+        p = min(2 * 0.5**counted, 1.0) if margin is None or above > 0 else 1.0
+        p, note = (p, note) if shares else (np.nan, "all items differ by the same: no spread to test by")
+    else:
+        statistic = above / found.standard_error
+        p = min(1.0, 2 * tail_probability(abs(statistic) if margin is None else statistic, found.seed_share,
+                                          *values.shape))
+    return Comparison(*found[:3], p, found.standard_error, note)
 
 
 def hierarchical_bootstrap(first: Crossed, second: Crossed | None = None, *, draws: int = 2000,
@@ -167,6 +182,7 @@ def bootstrap_interval(first: Crossed, second: Crossed | None = None, *, draws: 
 
     A check beside `crossed_interval`, not a replacement: its coverage depends on how much seeds differ.
     """
+    check_confidence(confidence)
     values = hierarchical_bootstrap(first, second, draws=draws, seed=seed)
     centre = first.values.mean() - (second.values.mean() if second is not None else 0.0)
     seeds = len(first.seeds)
@@ -184,9 +200,10 @@ def cv_ratio_test(first: np.ndarray, second: np.ndarray, *, confidence: float = 
     included); the statistic is |log ratio|. The interval is Pitman and Morgan's for paired normal
     variances, so the two may disagree with few seeds: with n seeds no p is below 2 / 2ⁿ.
     """
+    check_confidence(confidence)
     first, second = np.asarray(first, float), np.asarray(second, float)
     n = len(first)
-    if n < 3 or n != len(second):
+    if n < FEWEST_SEEDS or n != len(second):
         raise NotComparable(f"a CV ratio needs at least three common seeds, here {min(n, len(second))}")
     if first.mean() <= 0 or second.mean() <= 0 or min(np.ptp(first), np.ptp(second)) < 1e-12:
         raise NotComparable("a method's values do not differ across seeds or have a mean of 0: no CV ratio")
@@ -212,11 +229,12 @@ def cv_ratio_test(first: np.ndarray, second: np.ndarray, *, confidence: float = 
     return Comparison(np.sqrt(variance_ratio), low, high, p, np.nan, note)
 
 
-def hedges_g(differences: np.ndarray) -> float:
-    """Mean over standard deviation of n seeds' paired differences, with Hedges' correction for small samples.
+def effect_size(differences: np.ndarray) -> float:
+    """d_z: mean over standard deviation of n seeds' paired differences, times Hedges' small-sample factor.
 
-    The factor is Γ(d / 2) / (√(d / 2) Γ((d - 1) / 2)) with d = n - 1; NaN for fewer than three seeds or no
-    spread.
+    d_z (Lakens, Frontiers in Psychology 4:863, 2013) is in units of the *differences'* spread, so it is larger than
+    Cohen's d or Hedges' g of the same data wherever seeds move both methods alike. The factor is
+    Γ(f / 2) / (√(f / 2) Γ((f - 1) / 2)) with f = n - 1; NaN for fewer than three seeds or no spread.
     """
     freedom = len(differences) - 1
     deviation = np.std(differences, ddof=1) if freedom > 1 else 0.0
@@ -226,73 +244,13 @@ def hedges_g(differences: np.ndarray) -> float:
                  / np.sqrt(freedom / 2))
 
 
-def mcnemar(results: pd.DataFrame, method: str, baseline: str, where: dict | None = None) -> pd.DataFrame:
-    """McNemar's exact test within each seed: columns seed, only_method, only_baseline (items right), p.
-
-    It asks about this pair of trained models only; what another seed would give is `paired_test`'s question.
-    """
-    first, second, _ = pair(results, "accuracy", method, baseline, where)
-    lines = []
-    for place, number in enumerate(first.seeds):
-        gained = int((first.numerator[place] > second.numerator[place]).sum())
-        lost = int((first.numerator[place] < second.numerator[place]).sum())
-        p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-        lines.append({"seed": number, "only_method": gained, "only_baseline": lost, "p": p})
-    return pd.DataFrame(lines)
-
-
-def logistic_model(results: pd.DataFrame, *, baseline: str, confidence: float = 0.95) -> pd.DataFrame:
-    """Odds of a right answer by method × condition: term, odds_ratio, low, high, p; one row a term.
-
-    A population-averaged (GEE) logistic model with independence as the working correlation and standard
-    errors clustered two ways, over items and over seeds; Student's t with (smaller number of clusters - 1)
-    degrees of freedom. Terms 'method', 'condition' and 'method × condition' against `baseline` and the
-    first condition. Rows: one task, split, model, start; every method and condition with right and wrong
-    answers in it.
-    """
-    columns = ["task", "split", "model", "start", *CONDITION_COLUMNS, "method", "seed", "item_id", "correct"]
-    require_columns(results, columns)
-    if several := [name for name in columns[:4] if results[name].nunique() > 1]:
-        raise ValueError(f"the logistic model takes one {several[0]}; filter the table")
-    if baseline not in set(results["method"]):
-        raise ValueError(f"no rows of the baseline {baseline!r}")
-    if results["seed"].nunique() < 2:
-        raise ValueError("the logistic model needs at least two seeds")
-    method, condition = results["method"].astype(str), condition_labels(results)
-    right = results["correct"].to_numpy(float)
-    shares = pd.Series(right, results.index).groupby([method, condition]).mean()
-    if flat := [name for name, share in shares.items() if share in (0.0, 1.0)]:
-        raise ValueError(f"all or no answers right for {flat[0]}: its odds are not finite; leave it out")
-    methods = [name for name in dict.fromkeys(method) if name != baseline]
-    design = {"intercept": np.ones(len(results))}
-    design |= {name: (method == name).to_numpy(float) for name in methods}
-    for name in list(dict.fromkeys(condition))[1:]:
-        design[name] = (condition == name).to_numpy(float)
-        design |= {f"{one} × {name}": design[one] * design[name] for one in methods}
-    groups = np.column_stack([pd.factorize(results[name])[0] for name in ("seed", "item_id")])
-    fit = sm.GLM(right, np.column_stack(list(design.values())), family=sm.families.Binomial()).fit(
-        cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
-    low, high = np.exp(fit.conf_int(1 - confidence)).T
-    note = np.where(np.isfinite(fit.bse), "", "clusters too few for a variance")
-    return pd.DataFrame({"term": list(design), "odds_ratio": np.exp(fit.params), "low": low, "high": high,
-                         "p": fit.pvalues, "note": note})
-
-
-def condition_labels(table: pd.DataFrame) -> pd.Series:
-    """A readable name of each row's condition: 'clean', 'replaced 25 %', 'pooled mean from layer 3'."""
-    rate = (100 * table["rate"]).round(1).map("{:g}".format)
-    pooled = "pooled " + table["protocol"].astype(str) + " from layer " + table["start_layer"].astype(str)
-    condition = table["condition"].astype(str)
-    replaced = condition.mask(condition == "replaced", "replaced " + rate + " %")
-    return replaced.mask(condition == "pooled", pooled)
-
-
 def holm(p: Iterable[float]) -> np.ndarray:
     """Holm's step-down adjusted p values of a family; NaN (not tested) stays NaN and does not count."""
     p = np.asarray(list(p), dtype=float)
-    adjusted, tested = np.full(len(p), np.nan), np.isfinite(p)
-    order = np.flatnonzero(tested)[np.argsort(p[tested])]
-    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    tested = np.isfinite(p)
+    adjusted = np.full(len(p), np.nan)
+    if tested.any():
+        adjusted[tested] = multipletests(p[tested], method="holm")[1]
     return adjusted
 
 
@@ -312,13 +270,3 @@ def power(difference: float, seeds: int, seed_deviation: float, *, item_error: f
     limit = critical_value(alpha / 2, parts[0] / parts.sum(), seeds, items)
     shift = difference / np.sqrt(parts.sum())
     return float(stats.nct.sf(limit, freedom, shift) + stats.nct.cdf(-limit, freedom, shift))
-
-
-def seeds_needed(difference: float, seed_deviation: float, *, item_error: float = 0.0, items: int = 1000,
-                 alpha: float = 0.05, target: float = 0.8, most: int = 1000) -> int | None:
-    """Fewest seeds with which `power` reaches the target; None where not even `most` seeds would do."""
-    for seeds in range(2, most + 1):
-        found = power(difference, seeds, seed_deviation, item_error=item_error, items=items, alpha=alpha)
-        if found >= target:
-            return seeds
-    return None

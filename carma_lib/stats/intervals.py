@@ -1,11 +1,12 @@
 """Intervals for few seeds: of a mean over items crossed with seeds, and of a coefficient of variation.
 
-Why not the percentile of a two-level bootstrap: with 3 to 10 seeds it misses the truth too often when seeds
-differ much, because resampling n seeds gives (n-1)/n of their variance, and too seldom when they differ
-little, because item noise is counted twice. `benchmarks/statistics.py` measures both.
+Why not the percentile of a two-level bootstrap: with 3 to 10 seeds it misses the truth too often if seeds differ much,
+because resampling n seeds gives (n-1)/n of their variance, and too seldom if they differ little, because item noise is
+counted twice. `benchmarks/evidence.py` measures both.
 """
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,12 @@ class Interval(NamedTuple):
     note: str
 
 
+def check_confidence(confidence: float) -> None:
+    """ValueError unless the confidence is a share between 0 and 1, as 0.95."""
+    if isinstance(confidence, (str, bool)) or not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, as 0.95 does; here it is {confidence!r}")
+
+
 def critical_value(tail: float, seed_share: float, seeds: int, items: int) -> float:
     """The value that the standardised mean exceeds with probability `tail` (one-sided).
 
@@ -35,7 +42,7 @@ def critical_value(tail: float, seed_share: float, seeds: int, items: int) -> fl
 
 
 def tail_probability(statistic: float, seed_share: float, seeds: int, items: int) -> float:
-    """One-sided p of the standardised mean: the `tail` whose `critical_value` is the statistic."""
+    """One-sided p of the standardised mean: the `tail` whose `critical_value` is the statistic, at least 1e-12."""
     if statistic < 0:
         return 1 - tail_probability(-statistic, seed_share, seeds, items)
     smallest = 1e-12
@@ -44,30 +51,33 @@ def tail_probability(statistic: float, seed_share: float, seeds: int, items: int
     return brentq(lambda tail: critical_value(tail, seed_share, seeds, items) - statistic, smallest, 0.5)
 
 
-def crossed_interval(values: np.ndarray, *, confidence: float = 0.95,
+def crossed_interval(values: np.ndarray, *, confidence: float = 0.95, counted: int | None = None,
                      bounds: tuple[float, float] = (-np.inf, np.inf)) -> Interval:
     """Mean of a seeds × items matrix with an interval for crossed random seeds and items.
 
-    variance = s²(seed means) / seeds + max(0, s²(item means) / items - s²(residuals) / (seeds · items));
-    its first term is the seeds' part, its second what the choice of items adds. Half width:
-    `critical_value` times the standard error; where items add nothing, this is the t interval over seeds.
-    Cut at `bounds`.
+    variance = seeds' part + items' part, with residuals r, their mean square MS_r on (seeds - 1)(items - 1) degrees of
+    freedom, and F₀.₀₅ the lower 5 % point of F(seeds - 1, (seeds - 1)(items - 1)):
 
-    Where one seed or one item stands alone, the interval covers the other factor only and the note says so.
-    Where all values are the same and lie on a bound of (0, 1), the other end is the exact binomial limit.
+    - seeds' part: the larger of s²(seed means) / seeds and F₀.₀₅ · MS_r / (seeds · items). If seeds do not differ at
+      all, chance answers alone leave a smaller spread of seed means in one study of twenty only; few seeds whose means
+      happen to agree are therefore no certainty.
+    - items' part, what the choice of items adds: max(0, s²(item means) / items - MS_r / (seeds · items)).
+
+    Half width: `critical_value` times the standard error. The interval is cut at `bounds`. With one seed or one item
+    it covers the other factor only, and the note says so. If all values are the same, `constant_interval` applies to
+    the `counted` items (all by default; fewer if only some items are in a ratio's denominator).
     """
+    check_confidence(confidence)
     values = np.asarray(values, dtype=float)
     if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError("values must be a matrix, seeds × items, of finite numbers and not empty")
     seeds, items = values.shape
     mean = values.mean()
     if seeds == items == 1:
-        return Interval(mean, np.nan, np.nan, np.nan, np.nan, "one seed and one item: no interval")
-    if np.ptp(values) == 0:
-        return _constant(mean, items, confidence, bounds)
+        return Interval(mean, *[np.nan] * 4, "one seed and one item: no interval")
+    if np.ptp(values) < 1e-12:
+        return constant_interval(mean, counted or items, confidence, bounds)
     parts = _variance_parts(values)
-    if not sum(parts):
-        return Interval(mean, mean, mean, 0.0, np.nan, "seeds and items do not differ: no width")
     error, share = np.sqrt(sum(parts)), parts[0] / sum(parts)
     half = critical_value((1 - confidence) / 2, share, seeds, items) * error
     note = ("one seed: interval over items only" if seeds == 1 else
@@ -81,30 +91,45 @@ def _variance_parts(values: np.ndarray) -> tuple[float, float]:
     seed_part = by_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
     item_part = by_item.var(ddof=1) / items if items > 1 else 0.0
     if seeds > 1 and items > 1:
+        freedom = (seeds - 1) * (items - 1)
         residual = values - by_seed[:, None] - by_item + values.mean()
-        item_part -= np.square(residual).sum() / ((seeds - 1) * (items - 1)) / (seeds * items)
-    return seed_part, max(item_part, 0.0)
+        residual_part = np.square(residual).sum() / freedom / (seeds * items)
+        seed_part = max(seed_part, _low_ratio(seeds - 1, freedom) * residual_part)
+        item_part = max(item_part - residual_part, 0.0)
+    return seed_part, item_part
 
 
-def _constant(value: float, items: int, confidence: float, bounds: tuple[float, float]) -> Interval:
-    if bounds != (0, 1) or value not in bounds:
-        return Interval(value, value, value, 0.0, np.nan, "all values the same: no width")
-    limit = ((1 - confidence) / 2) ** (1 / items)
-    low, high = (limit, 1.0) if value == 1 else (0.0, 1 - limit)
-    return Interval(value, low, high, 0.0, np.nan, "all values the same: exact binomial limit")
+@lru_cache
+def _low_ratio(of_seeds: int, of_residuals: int) -> float:
+    return float(stats.f.ppf(0.05, of_seeds, of_residuals))
+
+
+def constant_interval(value: float, items: int, confidence: float, bounds: tuple[float, float]) -> Interval:
+    """Interval of a mean whose values are all the same: exact binomial limits over items.
+
+    With tail = (1 - confidence) / 2 and q = 1 - tail^(1 / items), the largest share of unlike items that shows none of
+    them among `items` with probability `tail`: a share on its bound 0 or 1 gets q to the inside; a difference in
+    [-1, 1] gets 2q to the inside at ±1, q to both sides at 0. Anything else has no interval.
+    """
+    unlike = 1 - ((1 - confidence) / 2) ** (1 / items)
+    reach = {(0, 1): {0: (0, unlike), 1: (unlike, 0)},
+             (-1, 1): {-1: (0, 2 * unlike), 0: (unlike, unlike), 1: (2 * unlike, 0)}}.get(bounds, {}).get(round(value, 9))
+    if reach is None:
+        return Interval(value, np.nan, np.nan, 0.0, np.nan, "all values the same: no interval")
+    return Interval(value, value - reach[0], value + reach[1], 0.0, np.nan, "all values the same: exact binomial limit")
 
 
 def cv_interval(values: np.ndarray, *, confidence: float = 0.95) -> Interval:
     """Standard deviation (n - 1) over mean, with Vangel's modified McKay interval for normal values.
 
-    Vangel, The American Statistician 50, 1996. Empty, with a note, for one value or a mean of 0 or less;
-    without an upper limit where the spread is too large for the number of values.
+    Vangel, The American Statistician 50, 1996. Empty, with a note, for one value or a mean of 0 or less; without an
+    upper limit if the spread is too large for the number of values.
     """
+    check_confidence(confidence)
     values = np.asarray(values, dtype=float)
     n, mean = len(values), values.mean()
     if n < 2 or mean <= 0:
-        reason = "one seed: no spread to measure" if n < 2 else "mean is not above 0: CV undefined"
-        return Interval(*[np.nan] * 5, reason)
+        return Interval(*[np.nan] * 5, "one seed: no spread to measure" if n < 2 else "mean is not above 0: CV undefined")
     ratio = values.std(ddof=1) / mean
     if ratio < 1e-12:
         return Interval(0.0, 0.0, 0.0, np.nan, np.nan, "seeds do not differ")

@@ -12,6 +12,8 @@ from typing import Callable, Iterator
 import numpy as np
 import pandas as pd
 
+from sklearn.metrics import f1_score
+
 from carma_lib.stats.intervals import crossed_interval, cv_interval
 
 RUN_COLUMNS = ["task", "split", "model", "start", "budget", "method"]
@@ -46,7 +48,7 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric("share of the items answered right", _share(lambda rows: rows["correct"])),
     "top_5": Metric("share of the items whose target is among the five most probable answers",
                     _share(lambda rows: rows["rank"] <= 5), columns=("rank",)),
-    "mean_reciprocal_rank": Metric("mean of 1 / rank of the target", _share(lambda rows: 1 / rows["rank"]),
+    "mean_reciprocal_rank": Metric("mean of 1 / rank of the target; a tie has the worst of its ranks", _share(lambda rows: 1 / rows["rank"]),
                                    columns=("rank",)),
     "mean_log_probability": Metric("mean natural logarithm of the target's probability",
                                    _share(lambda rows: rows["log_probability"]),
@@ -56,7 +58,8 @@ METRICS: dict[str, Metric] = {
     "accuracy_kept": Metric("share of the items answered right that are still answered right under pooling",
                             _kept, ("pooled",), against_clean=True),
     "agreement": Metric("share of the items that get the same answer, right or wrong, as without the change",
-                        _share(lambda rows: rows["clean_prediction"] == rows["prediction_code"]),
+                        _share(lambda rows: (rows["clean_prediction"] == rows["prediction_code"])
+                               & (rows["clean_correct"] == rows["correct"])),
                         ("replaced", "pooled"), ("correct", "prediction"), against_clean=True),
     "pooling_drop": Metric("accuracy lost under pooling: clean accuracy minus pooled accuracy, in shares",
                            _share(lambda rows: rows["clean_correct"] - rows["correct"].to_numpy(float)),
@@ -66,12 +69,18 @@ METRICS: dict[str, Metric] = {
 
 @dataclass
 class Crossed:
-    """Numerator and denominator of one cell of the design as matrices, seeds × items, with their labels."""
+    """Numerator and denominator of one cell of the design as matrices, seeds × items, with labels and the cell's key."""
     seeds: np.ndarray
     items: np.ndarray
     numerator: np.ndarray
     denominator: np.ndarray
     notes: list[str] = field(default_factory=list)
+    key: dict = field(default_factory=dict)
+
+    @property
+    def counted(self) -> int:
+        """How many items are in the denominator of any seed."""
+        return int((self.denominator > 0).any(axis=0).sum())
 
     @property
     def values(self) -> np.ndarray:
@@ -147,7 +156,7 @@ def cells(results: pd.DataFrame, metric: str) -> Iterator[tuple[dict, Crossed]]:
         filled[:, row, column] = numerator[index], denominator[index]
         if np.bincount(row * len(items) + column).max() > 1:
             raise ValueError(f"duplicate rows: an item twice for one seed in {key}; read each run once")
-        yield key, _complete(Crossed(seeds, names[items], *filled))
+        yield key, _complete(Crossed(seeds, names[items], *filled, key=key))
 
 
 def _complete(cell: Crossed) -> Crossed:
@@ -162,23 +171,39 @@ def _complete(cell: Crossed) -> Crossed:
     elif not some.all():
         cell.notes.append(f"seeds {', '.join(map(str, cell.seeds[~some]))} without a right item left out")
     return Crossed(cell.seeds[some], cell.items[whole], cell.numerator[some][:, whole],
-                cell.denominator[some][:, whole], cell.notes)
+                   cell.denominator[some][:, whole], cell.notes, cell.key)
 
 
 def summarise(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -> pd.DataFrame:
     """One row a cell of the design: `CELL_COLUMNS`, metric, estimate, low, high, n_items, n_seeds, note.
 
-    `metric` is a key of `METRICS`, the interval is `crossed_interval`. The note says why an estimate is
-    empty.
+    `metric` is a key of `METRICS`, the interval is `crossed_interval`. The note says why an estimate is empty.
     """
+    return _lines(results, metric, metric, lambda cell, used: crossed_interval(
+        cell.values, confidence=confidence, counted=used, bounds=METRICS[metric].bounds))
+
+
+def coefficient_of_variation(results: pd.DataFrame, metric: str = "accuracy", *,
+                             confidence: float = 0.95) -> pd.DataFrame:
+    """CV = standard deviation (n - 1) over mean of a metric across seeds, in the columns of `summarise`.
+
+    The interval is `intervals.cv_interval`. It speaks of seeds on these items: the items are not resampled, so the
+    seeds' spread holds what chance answers on finitely many items add. The paper's own definition of CV was not at
+    hand; this is the usual one.
+    """
+    return _lines(results, metric, f"cv_{metric}", lambda cell, _: cv_interval(
+        cell.values.mean(axis=1), confidence=confidence))
+
+
+def _lines(results: pd.DataFrame, metric: str, name: str, interval: Callable) -> pd.DataFrame:
     lines = []
     for key, cell in cells(results, metric):
-        used = int((cell.denominator > 0).any(axis=0).sum()) if cell.denominator.size else 0
-        line = key | {"metric": metric, "estimate": np.nan, "low": np.nan, "high": np.nan,
+        used = cell.counted
+        line = key | {"metric": name, "estimate": np.nan, "low": np.nan, "high": np.nan,
                       "n_items": used, "n_seeds": len(cell.seeds)}
         notes = cell.notes
         if used:
-            found = crossed_interval(cell.values, confidence=confidence, bounds=METRICS[metric].bounds)
+            found = interval(cell, used)
             line |= {"estimate": found.estimate, "low": found.low, "high": found.high}
             notes = [*notes, found.note]
         lines.append(line | {"note": "; ".join(filter(None, notes))})
@@ -197,55 +222,16 @@ def per_seed(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
-def accuracy(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
-    """Share of the items answered right, per cell, with its interval (see `summarise`)."""
-    return summarise(results, "accuracy", confidence=confidence)
-
-
-def consist_syn(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
-    """ConsistSyn: of the items a model got right, the share it still gets right after synonym replacement.
-
-    Per cell of condition 'replaced', with its interval (see `summarise`). DESIGN, Decisions taken: the
-    paper's own definition was not at hand; its code measures retention on the items right before the change.
-    """
-    return summarise(results, "consist_syn", confidence=confidence)
-
-
-def pooling_drop(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
-    """ΔA: clean accuracy minus accuracy under pooling, per start layer and protocol (see `summarise`)."""
-    return summarise(results, "pooling_drop", confidence=confidence)
-
-
-def coefficient_of_variation(results: pd.DataFrame, metric: str = "accuracy", *,
-                             confidence: float = 0.95) -> pd.DataFrame:
-    """CV = standard deviation (n - 1) over mean of a metric across seeds, per cell of the design.
-
-    The interval is `intervals.cv_interval`. It speaks of seeds on these items: the items are not resampled,
-    so the seeds' spread holds what chance answers on finitely many items add. DESIGN, Decisions taken: the
-    paper's own definition of CV was not at hand.
-    """
-    lines = []
-    for key, cell in cells(results, metric):
-        line = key | {"metric": f"cv_{metric}", "estimate": np.nan, "low": np.nan, "high": np.nan,
-                      "n_items": len(cell.items), "n_seeds": len(cell.seeds)}
-        notes = cell.notes
-        if cell.denominator.any():
-            found = cv_interval(cell.values.mean(axis=1), confidence=confidence)
-            line |= {"estimate": found.estimate, "low": found.low, "high": found.high}
-            notes = [*notes, found.note]
-        lines.append(line | {"note": "; ".join(filter(None, notes))})
-    return pd.DataFrame(lines)
-
-
 def _over_seeds(results: pd.DataFrame, metric: str, value: Callable[[pd.DataFrame], float],
                 confidence: float) -> pd.DataFrame:
     """A metric that is no sum over items: one value a seed, Student's t interval over seeds alone."""
     lines = []
     for _, rows in results.groupby(CELL_COLUMNS, observed=True, dropna=False, sort=False):
         values = np.array([[value(of_seed)] for _, of_seed in rows.groupby("seed")])
-        found = crossed_interval(values, confidence=confidence, bounds=(0.0, 1.0))
+        found = crossed_interval(values, confidence=confidence)
+        low, high = np.clip(found[1:3], 0, 1)
         lines.append(rows.iloc[0][CELL_COLUMNS].to_dict() | {
-            "metric": metric, "estimate": found.estimate, "low": found.low, "high": found.high,
+            "metric": metric, "estimate": found.estimate, "low": low, "high": high,
             "n_items": rows["item_id"].nunique(), "n_seeds": len(values),
             "note": "one seed: no interval" if len(values) == 1 else "interval over seeds only"})
     return pd.DataFrame(lines)
@@ -254,17 +240,16 @@ def _over_seeds(results: pd.DataFrame, metric: str, value: Callable[[pd.DataFram
 def macro_f1(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
     """Mean over the targets' classes of F1 = 2 · hits / (targets + predictions), per cell.
 
-    A class that is no item's target has no part in the mean; predicting one counts against the true class
-    only.
+    A class that is no item's target has no part in the mean; predicting one counts against the true class only. A hit
+    is an answer that is `correct`: another token that reads like the target, as " good" beside "good", is none.
     """
-    require_columns(results, [*CELL_COLUMNS, "seed", "item_id", "target", "prediction"])
+    require_columns(results, [*CELL_COLUMNS, "seed", "item_id", "target", "prediction", "correct"])
 
     def score(rows: pd.DataFrame) -> float:
         target, classes = pd.factorize(rows["target"])
-        prediction = classes.get_indexer(rows["prediction"])
-        hits, known = target[prediction == target], prediction[prediction >= 0]
-        count = [np.bincount(codes, minlength=len(classes)) for codes in (hits, target, known)]
-        return float((2 * count[0] / (count[1] + count[2])).mean())
+        prediction, right = classes.get_indexer(rows["prediction"]), rows["correct"].to_numpy(bool)
+        prediction = np.where(right, target, np.where(prediction == target, -1, prediction))
+        return float(f1_score(target, prediction, labels=range(len(classes)), average="macro", zero_division=0))
 
     return _over_seeds(results, "macro_f1", score, confidence)
 
