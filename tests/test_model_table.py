@@ -6,8 +6,8 @@ import torch
 from tiny import tiny_model
 
 from carma_lib.losses import CarmaConfig
-from carma_lib.model_table import KINDS, find_model, model_table, prompt_for, read_table, settings_for
-from carma_lib.pooling import constituent_aware_pooling, start_layers_from_depth
+from carma_lib.model_table import find_model, prompt_for, read_table, settings_for
+from carma_lib.pooling import start_layers_from_depth
 
 # model, kind → λ, end layer, batch, epochs, seeds: the ablation runs of the paper's repository
 PUBLISHED = {
@@ -41,7 +41,7 @@ def test_published_settings_are_taken_as_they_are(name, kind):
 
 def test_nothing_else_is_called_published():
     for model in read_table()["models"]:
-        for kind in KINDS:
+        for kind in read_table()["prompts"]:
             if (model["id"].split("/")[-1], kind) not in PUBLISHED:
                 found = chosen(model["id"], kind)
                 assert found.published == () and found.pooling_start_layers is None
@@ -78,14 +78,15 @@ def test_pooling_starts_by_our_rule_are_the_published_ones_where_depth_was_follo
         assert list(found.pooling_start_layers) == start_layers_from_depth(find_model(name)["blocks"])
 
 
-def test_every_family_of_the_table_can_be_pooled_and_is_shown():
-    table = model_table()
-    assert len(table) == 2 * len(read_table()["models"])
-    ids = torch.tensor([[5, 6, 7, 8]])
-    for family in set(table.family):
-        constituent_aware_pooling(tiny_model(family), ids, ids > 0, ids, start_layer=2, protocol="mean")
-    ours = table.set_index(["model", "kind"]).ours
-    assert ours["Qwen/Qwen2.5-3B", "sentiment"] == "–" and "seeds" in ours["EleutherAI/pythia-160m", "sentiment"]
+def test_what_pip_fetches_is_scaled_from_its_depth_with_its_family_s_prompts():
+    for name, blocks, last in (("smollm2-135m", 30, 9), ("gemma3-270m", 18, 5)):
+        found = settings_for(name, "inverse_dictionary", num_layers=blocks)
+        assert (found.last_layer, found.carma_weight, found.published) == (last, 0.4, ())
+        family = find_model(name)["family"]
+        assert prompt_for("inverse_dictionary", family, pretrained=True) == ("", ' is called a "')
+        assert prompt_for("sentiment", family, pretrained=True).suffix == "] ="
+    assert find_model("smollm2-135m")["id"] == "smollm2-135m"
+    assert find_model("HuggingFaceTB/SmolLM2-135M")["id"] == "HuggingFaceTB/SmolLM2-135M"
 
 
 def test_prompts():

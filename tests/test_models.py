@@ -1,17 +1,25 @@
 """Small models, their tokenizers, loading, and clear refusals."""
+import ast
+import contextlib
 import errno
+import json
 import os
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import carma_lib
+from carma_lib import models
+from carma_lib.files import RunError
 from carma_lib.models import (SMALL_FAMILIES, ModelNotFound, add_adapter, load_config, load_model, load_tokenizer,
-                              save_adapter, small_model, train_tokenizer)
+                              native_bf16, save_adapter, small_model, train_tokenizer)
 
 TEXTS = ["A small bird that eats fish", "The soup was unusually bland"] * 20
 
@@ -113,11 +121,11 @@ for name in ("gated/model", "absent/model", "away/model"):
     gated, absent, away = done.stdout.splitlines()
     assert "'gated/model': its owners gate it; ask for access" in gated
     assert "'absent/model': the hub has no such model, or a private one; check the name" in absent
-    assert "'away/model': it is no local folder, and the hub cannot be reached; connect, or give a folder" in away
+    assert "'away/model': it is no local folder, and the hub cannot be reached; connect, give a folder" in away
 
 
 def test_a_full_disk_is_not_taken_for_an_absent_model():
-    from carma_lib.models import _not_found
+    from carma_lib.models import _explained
 
     try:
         try:
@@ -125,7 +133,7 @@ def test_a_full_disk_is_not_taken_for_an_absent_model():
         except OSError as error:
             raise OSError("cannot load this") from error
     except OSError as error:
-        found = _not_found("some/model", "tokenizer", error)
+        found = _explained("some/model", "tokenizer", error)
     assert found.errno == errno.ENOSPC and "free space, or set HF_HOME" in str(found)
 
 
@@ -171,3 +179,198 @@ def test_damaged_weights_are_told(tokenizer, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelNotFound, match="its weights are damaged; fetch or save them again"):
         load_model(str(tmp_path))
+
+
+@pytest.fixture
+def start(tokenizer, tmp_path):
+    """A whole start: a llama of two blocks and its tokenizer in a folder."""
+    small_model("llama", tokenizer, layers=2, width=16, heads=2).save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    return tmp_path / "start"
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def refused(start, *, load=load_model):
+    with pytest.raises(ModelNotFound) as refusal:
+        load(start)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 600
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(("lacking", "named"), [
+    ("layers.1.", "model.layers.1.input_layernorm.weight"), ("embed_tokens", "model.embed_tokens.weight"),
+    ("model.norm", "model.norm.weight"), ("lm_head", "lm_head.weight"), ("layers.0.mlp.up", "layers.0.mlp.up_proj")])
+def test_weights_that_do_not_cover_the_model_are_refused_by_name(start, lacking, named):
+    change_weights(start, lambda weights: {name: value for name, value in weights.items() if lacking not in name})
+    said = refused(start)
+    assert "do not cover the model" in said and named in said and "would be random" in said
+
+
+def test_other_weights_than_the_configuration_s_are_refused(start, tokenizer, tmp_path):
+    small_model("gpt2", tokenizer, layers=2, width=16, heads=2).config.save_pretrained(start)
+    assert "do not cover the model" in refused(start) and "transformer.h.0" in refused(start)
+    small_model("llama", tokenizer, layers=3, width=16, heads=2).config.save_pretrained(start)
+    assert "model.layers.2" in refused(start)
+    small_model("llama", tokenizer, layers=2, width=32, heads=2).config.save_pretrained(start)
+    refused(start)  # other shapes
+    small_model("llama", tokenizer, layers=1, width=16, heads=2).config.save_pretrained(start)
+    with pytest.warns(UserWarning, match="no place for: model.layers.1"):
+        load_model(start)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_weights_that_are_not_finite_are_refused_by_name(start, value, name):
+    def spoil(weights):
+        weights[name].view(-1)[3] = value
+        return weights
+
+    change_weights(start, spoil)
+    assert f"not finite (NaN or infinity), in {name}" in refused(start)
+
+
+def test_large_finite_weights_are_taken(start):
+    change_weights(start, lambda weights: {name: torch.full_like(value, 3e38) for name, value in weights.items()})
+    load_model(start)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(start, tokenizer):
+    larger = train_tokenizer(TEXTS, vocabulary_size=300, whole_tokens=["heron", "positive", "egret", "owl"])
+    larger.save_pretrained(start)
+    assert "too few for its tokenizer's tokens egret, owl" in refused(start)
+    spare = train_tokenizer(TEXTS, vocabulary_size=300, whole_tokens=["heron", "positive"])
+    spare.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    spare.save_pretrained(start)
+    load_model(start)  # a mark that no text and no padding gives, as Gemma 3's for images
+    padded = train_tokenizer(TEXTS, vocabulary_size=300, whole_tokens=["heron", "positive"])
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    padded.save_pretrained(start)
+    assert "too few for its tokenizer's tokens [PAD]" in refused(start)
+
+
+def test_a_start_is_a_folder_and_nothing_else(start, tmp_path, monkeypatch):
+    assert "is a file; give the folder that it lies in" in refused(start / "config.json", load=load_config)
+    assert "there is no folder" in refused(tmp_path / "none", load=load_tokenizer)
+    assert "there is no folder" in refused("a/b/c", load=load_config)
+    assert "there is no folder ''" in refused("", load=load_config)
+    refused("x" * 300, load=load_config)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config("~/start").num_hidden_layers == 2 and load_model("~/start")[0].dtype == torch.float32
+    with pytest.raises(RunError, match="no such home folder"):
+        load_config("~nobody-of-this-name/start")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()
+    assert "also a folder here: write './smollm2-135m' for the folder" in refused("smollm2-135m", load=load_config)
+    assert "the folder holds none" in refused("./smollm2-135m", load=load_config)
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    ("config.json", ""), ("config.json", "{"), ("config.json", "[]"), ("config.json", '{"model_type": "none_such"}'),
+    ("config.json", "{}"), ("tokenizer.json", ""), ("tokenizer.json", "{}"), ("tokenizer_config.json", "{"),
+    ("tokenizer.json", "version https://git-lfs.github.com/spec/v1"), ("model.safetensors", ""),
+    ("model.safetensors", "version https://git-lfs.github.com/spec/v1"), ("model.safetensors", "\0" * 5000)])
+def test_damaged_files_are_told_in_one_line(start, file, content):
+    (start / file).write_text(content)
+    assert str(start) in refused(start)
+
+
+def test_pickled_weights_are_refused(start):
+    torch.save(load_file(start / "model.safetensors"), start / "pytorch_model.bin")
+    (start / "model.safetensors").unlink()
+    assert "pytorch_model.bin is pickled, which is never read; save it again as safetensors" in refused(start)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("load", [load_config, load_tokenizer, load_model])
+def test_code_in_a_folder_never_runs_and_nothing_is_asked(file, load, start, tmp_path, monkeypatch):
+    mark = tmp_path / "it_ran"
+    (start / "foreign.py").write_text(f"open({str(mark)!r}, 'w')\nclass Thing: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *unused: pytest.fail("asked"))
+    code = {name: "foreign.Thing" for name in ("AutoConfig", "AutoModelForCausalLM")}
+    change_json(start / file, auto_map={**code, "AutoTokenizer": ["foreign.Thing", "foreign.Thing"]},
+                **({"model_type": "none_such"} if file == "config.json" else {"tokenizer_class": "Thing"}))
+    with contextlib.suppress(ModelNotFound):  # what needs none of the code may load
+        load(start)
+    assert not mark.exists()
+    if file == "config.json" and load is load_config:
+        assert "it needs code of its own, which is never run" in refused(start, load=load)
+
+
+def test_every_load_in_the_package_forbids_foreign_code():
+    calls = {}
+    for path in Path(carma_lib.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained":
+                calls.setdefault(path.name, []).append(ast.unparse(node))
+    adapter, rest = [], []
+    for call in sum(calls.values(), []):
+        (adapter if "PeftModel" in call else rest).append(call)  # peft reads a configuration and safetensors only
+    assert set(calls) == {"models.py", "pretrained.py"} and len(adapter) == 1 and len(rest) == 5
+    assert all("trust_remote_code=False" in call for call in rest)
+
+
+@pytest.fixture
+def adapter(start, tmp_path):
+    save_adapter(add_adapter(load_model(start)[0], rank=2, seed=0), tmp_path / "lora", start=start)
+    return tmp_path / "lora"
+
+
+def test_adapters_are_whole_or_refused(adapter, start):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: value for name, value in weights.items() if "layers.1." not in name},
+              adapter / "adapter_model.safetensors")
+    assert "missing adapter keys" in refused(adapter)
+    save_file({name: torch.full_like(value, float("nan")) for name, value in weights.items()},
+              adapter / "adapter_model.safetensors")
+    assert "not finite" in refused(adapter)
+    (adapter / "adapter_model.safetensors").write_text("no weights")
+    assert "cannot load an adapter" in refused(adapter) and "damaged" in refused(adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save(weights, adapter / "adapter_model.bin")
+    assert "no adapter_model.safetensors (pickled weights are not read)" in refused(adapter)
+    change_json(adapter / "adapter_config.json", base_model_name_or_path=".")
+    assert "belongs to another adapter" in refused(adapter)
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(RunError, match="adapter_config.json is damaged"):
+        load_model(adapter)
+
+
+def test_weights_are_float32_unless_asked(start):
+    half = load_model(start, dtype=torch.bfloat16)[0]
+    assert half.dtype == torch.bfloat16
+    half.save_pretrained(start)
+    assert load_model(start)[0].dtype == torch.float32 and load_model(start, dtype="auto")[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("flags", "capability", "library", "expected"), [
+    ({"avx512_bf16"}, "AVX512", True, True), ({"amx_bf16"}, "AVX512", True, True), ({"avx512_f"}, "AVX512", True, False),
+    ({"avx512_bf16"}, "AVX2", True, False), ({"avx512_bf16"}, "AVX512", False, False), (set(), "NO AVX", True, False)])
+def test_native_bf16_on_processors(flags, capability, library, expected, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: library)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(models, "_instructions", lambda: flags)
+    assert native_bf16() is expected
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_native_bf16_of_a_gpu_does_not_count_emulation(native, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert native_bf16() is native
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells the processor's flags")
+def test_instructions_are_the_kernel_s_with_and_without_pytorch_s_list(monkeypatch):
+    told = {"avx2", "avx512_bf16", "amx_bf16"}
+    by_pytorch = models._instructions() & told
+    monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+    assert models._instructions() & told == by_pytorch
