@@ -57,9 +57,12 @@ def whole_file(path: Path | str) -> Iterator[Path]:
 def whole_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; it takes the place of `path` when the block ends well.
 
-    A kill at any moment leaves the old folder, the new one or none, never a mixture.
+    A kill at any moment leaves the old folder, the new one or none, never a mixture. Raises `RunError` if `path` is a
+    file.
     """
     path = user_path(path)
+    if path.is_file():
+        raise RunError(f"{path} is a file where a folder would be written: move it away, or give another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
     new, old = temporary / "new", temporary / "old"

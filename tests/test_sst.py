@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+from carma_lib.files import RunError
 from carma_lib.tasks import DataNotFound, build_task, sst
 from carma_lib.tasks.sst import parse_tree, phrase_spans, three_class
 
@@ -40,10 +41,73 @@ def test_parse_tree_equals_recursive_reading(sst_folder):
         assert [(node.label, list(tree.words[node.first:node.last])) for node in tree.nodes] == flat(nested(line))
 
 
-@pytest.mark.parametrize("line", ["(3 (2 a) (4 gem)", "(3 (2 a) (4 gem)))", "(7 gem)", "", "gem"])
+@pytest.mark.parametrize("line", [
+    "(3 (2 a) (4 gem)", "(3 (2 a) (4 gem)))", "(7 gem)", "", "gem", "(3 (2 a) (4 gem)) (1 bad)", "(3 a) tail",
+    "head (3 a)", "(3 a b)", "(3 (2 a) gem)", "(3 a (2 gem))", "(3)", "()", "((3 a))", "(3 (2 a) ())", ")(", "(33 a)",
+    "(3 (2 a) (4 gem)) )"])
 def test_malformed_tree_is_refused(line):
     with pytest.raises(ValueError, match="not a labelled tree"):
         parse_tree(line)
+
+
+@pytest.mark.parametrize("line", ["\ufeff(3 (2 a) (4 gem))", "(3 (2 a) (4 gem))\r", " (3 (2 a) (4 gem)) \r\n", "(3 (2 a)(4 gem))"])
+def test_marks_and_white_space_around_a_tree_are_no_words(line):
+    tree = parse_tree(line)
+    assert tree.words == ("a", "gem") and tree.nodes == ((3, 0, 2), (2, 0, 1), (4, 1, 2))
+
+
+def test_a_hard_space_is_a_word():
+    """Stanford's trees hold some."""
+    assert parse_tree("(3 (2 \xa0) (4 gem))").words == ("\xa0", "gem")
+
+
+@pytest.fixture
+def small_sst(tmp_path, monkeypatch):
+    """A treebank of two trees a split, with byte-order marks and the line ends of Windows."""
+    (tmp_path / "sst" / "trees").mkdir(parents=True)
+    for name in ("train", "dev", "test"):
+        content = "\ufeff(3 (2 a) (4 gem))\r\n\r\n(1 (2 not) (1 funny))\r\n"
+        (tmp_path / "sst" / "trees" / f"{name}.txt").write_bytes(content.encode())
+    monkeypatch.setenv("CARMA_DATA", str(tmp_path))
+    return tmp_path / "sst"
+
+
+def test_trees_with_marks_of_other_systems(small_sst):
+    trees, scores = sst.load_trees()
+    assert {split: [tree.text for tree in some] for split, some in trees.items()} == {
+        split: ["a gem", "not funny"] for split in ("train", "validation", "test")}
+    assert scores == {}
+    (small_sst / "sentence_scores.tsv").write_bytes("\ufeffsplit\trow\tscore\r\ndev\t1\t0.25\r\n\r\n".encode())
+    assert sst.load_trees()[1] == {("validation", 1): 0.25}
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ("validation\t0\t0.9\n", "line 1 must be 'split', 'row' and 'score'"),
+    ("split,row,score\ndev,0,0.9\n", "line 1 must be"), ("", "line 1 must be"),
+    ("split\trow\tscore\nvalidation\t0\t0.9\n", "line 2: the split is train, dev or test, not 'validation'"),
+    ("split\trow\tscore\n\ndev\t7\t0.9\n", "line 3: row 7 of dev does not exist"),
+    ("split\trow\tscore\ndev\t-1\t0.9\n", "line 2: row -1 of dev does not exist"),
+    ("split\trow\tscore\ndev\t0\t0.9\ndev\t0\t0.8\n", "line 3: row 0 of dev occurs twice"),
+    ("split\trow\tscore\ndev\t0\t1.9\n", "line 2: a score lies between 0 and 1"),
+    ("split\trow\tscore\ndev\t0\tnan\n", "line 2: a score lies between 0 and 1"),
+    ("split\trow\tscore\ndev\t0\t0,9\n", "line 2: could not convert"),
+    ("split\trow\tscore\ndev\t0\n", "line 2: not enough values")])
+def test_odd_score_files_are_named(small_sst, content, says):
+    (small_sst / "sentence_scores.tsv").write_text(content)
+    with pytest.raises(RunError) as caught:
+        sst.load_trees()
+    message = str(caught.value)
+    assert message.startswith(f"{small_sst / 'sentence_scores.tsv'} is damaged (") and says in message
+    assert "\n" not in message and "delete it and the trees' labels are used" in message
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ("(3 (2 a) (4 gem))\n(3 a) tail\n".encode(), "line 2: not a labelled tree"), (b"(3 (2 a) (4 g\xff))\n", "can't decode"),
+    ("(3 (2 a) (4 gem))\n".encode("utf-16"), "can't decode"), (b"<html>not found</html>", "line 1: not a labelled tree")])
+def test_damaged_trees_are_named(small_sst, content, says):
+    (small_sst / "trees" / "dev.txt").write_bytes(content)
+    with pytest.raises(RunError, match=re.escape(f"{small_sst / 'trees' / 'dev.txt'} is damaged (") + f".*{says}"):
+        sst.load_trees()
 
 
 @pytest.mark.parametrize(("score", "label"), [(0, "negative"), (0.39999, "negative"), (0.4, "neutral"),

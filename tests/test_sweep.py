@@ -236,7 +236,7 @@ def test_data_are_made_as_the_file_says_and_anew_where_it_says_otherwise(tmp_pat
             assert read_card(sweep.run_dir / "data" / SENTIMENT)["parameters"]["seed"] == seed
             assert "1 cells: 1 done, 0 open" in plan_text(sweep, workers=1)
     assert [line["state"] for line in read_log(log_path(usual.jobs[0]))] == ["begun", "done"] * 2
-    monkeypatch.setattr("carma_lib.lab.sweep_estimate.RULES_VERSION", 0)
+    monkeypatch.setattr("carma_lib.tasks.code_fingerprint", lambda *modules: "other rules")
     assert "1 cells: 0 done, 1 open" in plan_text(usual, workers=1), "data by other rules are made anew too"
 
 

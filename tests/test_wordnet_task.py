@@ -2,8 +2,10 @@
 import re
 import time
 
+import pandas as pd
 import pytest
 
+from carma_lib.files import RunError
 from carma_lib.tasks import DataNotFound, build_task, read_card, wordnet
 
 
@@ -37,8 +39,38 @@ def test_split_keeps_its_promise(wordnet_database, split_by, column):
     values = {split: {row[column] for row in rows} for split, rows in splits.items()}
     assert not values["train"] & values["test"] and not values["train"] & values["validation"]
     assert not values["validation"] & values["test"]
+    second = splits.pop("test_headword", [])
     sizes = {split: len(rows) / sum(map(len, splits.values())) for split, rows in splits.items()}
     assert abs(sizes["train"] - 0.8) < 0.01 and abs(sizes["test"] - 0.1) < 0.01
+    assert bool(second) == (split_by == "synset")
+
+
+def test_second_test_set_shares_neither_headword_nor_definition(wordnet_database):
+    rows = wordnet.build_rows(seed=42, split_by="synset")
+    splits = rows.splits
+    assert list(splits) == ["train", "validation", "test", "test_headword"]
+    second = splits["test_headword"]
+    for column in ("target", "text"):
+        values = {row[column] for row in second}
+        for split in ("train", "validation", "test"):
+            assert not values & {row[column] for row in splits[split]}
+    assert 4000 < len(second) < 6500 and len(splits["train"]) > 70_000
+    senses = [sum(row["target"] == word for row in second) for word in {row["target"] for row in second}]
+    assert max(senses) > 5  # common words of many senses are held out too, with every sense
+    assert rows.facts["shared_with_train"]["test_headword"] == {"definitions": 0, "headwords": 0}
+    assert rows.facts["shared_with_train"]["test"]["definitions"] == 0
+    assert rows.facts["shared_with_train"]["test"]["headwords"] > 1000
+    other = {row["target"] for row in wordnet.build_rows(seed=7, split_by="synset").splits["test_headword"]}
+    assert len(other & {row["target"] for row in second}) < len(other) / 5
+
+
+@pytest.mark.parametrize("damage", [
+    lambda pairs: pairs.iloc[:1000], lambda pairs: (_ for _ in ()).throw(IndexError("list index out of range"))])
+def test_damaged_wordnet_is_named(wordnet_database, monkeypatch, damage):
+    whole = pd.DataFrame({"lemma": ["a"], "synset": ["a.n.01"], "definition": ["one two three"]})
+    monkeypatch.setattr(wordnet.lexicon, "definition_pairs", lambda: damage(whole))
+    with pytest.raises(RunError, match="^WordNet in .* is damaged .*: install it again$"):
+        wordnet.filtered_pairs()
 
 
 def test_the_first_items_are_like_all(wordnet_database):
@@ -66,6 +98,6 @@ def test_unknown_split_and_missing_wordnet(monkeypatch):
     def nowhere():
         raise wordnet.lexicon.WordNetNotFound
 
-    monkeypatch.setattr(wordnet.lexicon, "definition_pairs", nowhere)
+    monkeypatch.setattr(wordnet.lexicon, "wordnet", nowhere)
     with pytest.raises(DataNotFound, match="WordNet"):
         wordnet.build_rows(seed=1, split_by="synset")

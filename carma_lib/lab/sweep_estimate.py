@@ -19,7 +19,7 @@ from carma_lib.files import RunError, read_json
 from carma_lib.models import load_config
 from carma_lib.lab.sweep_plan import Job, Sweep
 from carma_lib.lab.sweep_worker import finished, log_path, read_log
-from carma_lib.tasks.schema import RULES_VERSION
+from carma_lib.tasks import is_built
 
 CPU_RULE = "by a rule for CPU cores, until cells have ended; a GPU is much faster"
 OPERATIONS_A_SECOND, SHORTEST_STEP, TOKENS_A_ROW = 3e10, 0.03, 24
@@ -73,9 +73,8 @@ def done_cells(sweep: Sweep) -> set[str]:
     """Names of the cells that need no work: finished, and on data that will not be made anew."""
     stale = set()
     for task in sweep.tasks:
-        card = read_json(sweep.run_dir / "data" / task / "card.json")
-        if card and (card["rules_version"] != RULES_VERSION or any(
-                card["parameters"].get(name, value) != value for name, value in sweep.data[task].items())):
+        folder = sweep.run_dir / "data" / task
+        if (folder / "card.json").exists() and not is_built(task, folder, **sweep.data[task]):
             stale.add(task)
     return {job.name for job in sweep.jobs if job.cell.task not in stale and finished(job)}
 

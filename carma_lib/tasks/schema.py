@@ -2,7 +2,7 @@
 
 A row is `item_id`, `text` (what varies and may be perturbed; never the prompt around it), `target` (the
 answer), `phrases` (character spans of `text`, not overlapping) and `group` (what a split keeps apart).
-Beside the Arrow files lies `card.json`: counts, splits, seed, versions, source and its licence.
+Beside the Arrow files lie `card.json` (counts, splits, seed, versions, source and its licence) and `checksums.json`.
 """
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any
 
 import datasets
 
-from carma_lib.files import fingerprint, read_json, whole_folder, write_json
+from carma_lib.files import (RunError, check_folder, fingerprint, read_json, reading, user_path, whole_folder,
+                             write_checksums, write_json)
 
 FEATURES = datasets.Features({
     "item_id": datasets.Value("string"),
@@ -24,7 +25,6 @@ FEATURES = datasets.Features({
     "phrases": [[datasets.Value("int32")]],
     "group": datasets.Value("string"),
 })
-RULES_VERSION = 2  # raise when a builder makes other rows from the same parameters
 
 
 class DataNotFound(FileNotFoundError):
@@ -48,15 +48,18 @@ def shuffle_held_out(splits: dict[str, list[dict[str, Any]]]) -> None:
             random.Random(0).shuffle(rows)
 
 
-def save_rows(folder: Path, rows: TaskRows, *, task: str, parameters: dict[str, Any]) -> None:
-    """Write `rows` as Arrow with a card. `ValueError` for an empty split or a repeated `item_id`."""
+def save_rows(folder: Path, rows: TaskRows, *, task: str, parameters: dict[str, Any], rules: str) -> None:
+    """Write `rows` as Arrow with a card. `ValueError` for an empty split or a repeated `item_id`.
+
+    rules: the fingerprint of the code that made the rows.
+    """
     for split, items in rows.splits.items():
         if not items:
             raise ValueError(f"{task}: the split '{split}' is empty with these parameters: {parameters}")
     identifiers = Counter(item["item_id"] for items in rows.splits.values() for item in items)
     repeated = [name for name, count in identifiers.items() if count > 1]
     if repeated:
-        raise ValueError(f"{task}: {len(repeated)} item ids stand twice, the first is {repeated[0]}")
+        raise ValueError(f"{task}: {len(repeated)} item ids occur twice, the first is {repeated[0]}")
     dataset = datasets.DatasetDict({
         split: datasets.Dataset.from_list(items, features=FEATURES) for split, items in rows.splits.items()
     })
@@ -70,25 +73,39 @@ def save_rows(folder: Path, rows: TaskRows, *, task: str, parameters: dict[str, 
         "facts": rows.facts,
         "content": fingerprint({split: items for split, items in rows.splits.items()}),
         "made_with": {"python": platform.python_version(), "datasets": datasets.__version__},
-        "rules_version": RULES_VERSION,
+        "rules": rules,
     }
     datasets.disable_progress_bars()  # written in a second; a bar for each split would only be noise
     with whole_folder(folder) as temporary:
         dataset.save_to_disk(str(temporary))
         write_json(temporary / "card.json", card)
+        write_checksums(temporary)
     datasets.enable_progress_bars()
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """The card of a saved task. `DataNotFound` where the folder holds none."""
-    card = read_json(Path(folder) / "card.json")
+def read_card(folder: Path | str) -> dict[str, Any]:
+    """The card of a saved task. `DataNotFound` if the folder holds none, `RunError` if it is damaged."""
+    folder = user_path(folder)
+    card = read_json(folder / "card.json", keys=("task", "parameters", "rules", "counts", "content", "facts"))
     if card is None:
         raise DataNotFound(f"no task data in {folder}: build them first (notebook 01, or carma_lib.tasks.build_task)")
     return card
 
 
-def is_current(folder: Path, *, task: str, parameters: dict[str, Any]) -> bool:
-    """Whether `folder` already holds this task made from these parameters by these rules."""
-    card = read_json(Path(folder) / "card.json")
-    return card is not None and (card["task"], card["parameters"], card["rules_version"]) == (
-        task, parameters, RULES_VERSION)
+def is_current(folder: Path, *, task: str, parameters: dict[str, Any], rules: str) -> bool:
+    """Whether `folder` holds this task whole, made from these parameters by these rules."""
+    try:
+        card = read_card(folder)
+    except (DataNotFound, RunError):
+        return False
+    return (card["task"], card["parameters"], card["rules"]) == (task, parameters, rules) and not check_folder(folder)
+
+
+def load_task(folder: Path | str) -> datasets.DatasetDict:
+    """The saved rows of a task, by split. `DataNotFound` if there are none, `RunError` if a file is cut or changed."""
+    folder, way_out = user_path(folder), "delete its folder, and the task is built again"
+    read_card(folder)
+    with reading(folder, way_out):
+        if reason := check_folder(folder):
+            raise ValueError(reason)
+        return datasets.load_from_disk(str(folder))

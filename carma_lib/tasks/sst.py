@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from carma_lib.files import reading, user_path
 from carma_lib.tasks.schema import DataNotFound, TaskRows, shuffle_held_out
 
 THREE_CLASSES = ("negative", "neutral", "positive")
@@ -44,30 +45,52 @@ class Tree(NamedTuple):
 
 
 def parse_tree(line: str) -> Tree:
-    """Read one labelled bracketed tree, e.g. `(3 (2 a) (4 gem))`. `ValueError` where brackets do not match."""
+    """Read one labelled bracketed tree, e.g. `(3 (2 a) (4 gem))`: a label, then one word or at least one subtree.
+
+    A byte-order mark and white space around the tree are left out. Raises `ValueError` for anything else: brackets
+    that do not match, text or a second tree outside of them, a label that is not 0 to 4.
+    """
+    line = line.strip("\ufeff \r\n\t")
     words: list[str] = []
     nodes: list[list[int]] = []
+    kinds: list[str] = []  # of each node: "label" is awaited, then "new", "word" or "subtrees"
     open_nodes: list[int] = []
-    expects_label = False
-    for token in _TOKEN.findall(line.strip(" \n")):
+
+    def refuse(why: str) -> ValueError:
+        return ValueError(f"not a labelled tree ({why}): {line[:60]!r}")
+
+    for token in _TOKEN.findall(line):
+        if nodes and not open_nodes:
+            raise refuse("a bracket too many" if token == ")" else "text after its end")
+        kind = kinds[open_nodes[-1]] if open_nodes else "none"
         if token == "(":
-            expects_label = True
-        elif token == ")":
-            if not open_nodes:
-                raise ValueError(f"not a labelled tree (a bracket too many): {line[:60]!r}")
-            nodes[open_nodes.pop()][2] = len(words)
-        elif expects_label:
-            if token not in tuple("01234"):
-                raise ValueError(f"not a labelled tree (label {token!r} is not 0 to 4): {line[:60]!r}")
+            if kind in ("label", "word"):
+                raise refuse("a bracket without a label" if kind == "label" else "a word beside a subtree")
+            if open_nodes:
+                kinds[open_nodes[-1]] = "subtrees"
             open_nodes.append(len(nodes))
-            nodes.append([int(token), len(words), -1])
-            expects_label = False
+            nodes.append([-1, len(words), -1])
+            kinds.append("label")
+        elif kind == "none":
+            raise refuse("brackets do not match" if token == ")" else "text before its first bracket")
+        elif token == ")":
+            if kind in ("label", "new"):
+                raise refuse("a bracket without a word")
+            nodes[open_nodes.pop()][2] = len(words)
+        elif kind == "label":
+            if token not in tuple("01234"):
+                raise refuse(f"label {token!r} is not 0 to 4")
+            nodes[open_nodes[-1]][0] = int(token)
+            kinds[open_nodes[-1]] = "new"
+        elif kind != "new":
+            raise refuse("two words in one bracket" if kind == "word" else "a word beside a subtree")
         else:
             for escaped, character in _UNESCAPE.items():
                 token = token.replace(escaped, character)
             words.append(token)
-    if open_nodes or not nodes or not words:
-        raise ValueError(f"not a labelled tree (brackets do not match): {line[:60]!r}")
+            kinds[open_nodes[-1]] = "word"
+    if open_nodes or not nodes:
+        raise refuse("brackets do not match")
     return Tree(tuple(words), tuple(Node(*node) for node in nodes))
 
 
@@ -90,22 +113,49 @@ def three_class(score: float) -> str:
 
 
 def _from_folder(folder: Path) -> tuple[dict[str, list[Tree]], dict[tuple[str, int], float]]:
-    trees, scores = {}, {}
+    trees = {}
     for split, name in _FILES.items():
         path = folder / "trees" / name
         if not path.is_file():
             raise DataNotFound(f"{folder} is no SST folder: it lacks trees/{name}. {_HOW_TO_GET}")
-        lines = path.read_text(encoding="utf-8").split("\n")
-        trees[split] = [parse_tree(line) for line in lines if line]
+        with reading(path, "unpack Stanford's zip again"):
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            trees[split] = [_with_number(number, parse_tree, line) for number, line in enumerate(lines, 1) if line.strip()]
         if not trees[split]:
             raise DataNotFound(f"trees/{name} in {folder} is empty. {_HOW_TO_GET}")
-    score_file = folder / "sentence_scores.tsv"
-    if score_file.is_file():
-        split_of = {"train": "train", "dev": "validation", "test": "test"}
-        for line in score_file.read_text(encoding="utf-8").splitlines()[1:]:
-            split, row, score = line.split("\t")
-            scores[split_of[split], int(row)] = float(score)
-    return trees, scores
+    scores = folder / "sentence_scores.tsv"
+    with reading(scores, "correct it, or delete it and the trees' labels are used"):
+        return trees, _read_scores(scores, trees) if scores.is_file() else {}
+
+
+def _with_number(number: int, read: Callable, *values: Any) -> Any:
+    try:
+        return read(*values)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+
+
+def _read_scores(path: Path, trees: dict[str, list[Tree]]) -> dict[tuple[str, int], float]:
+    header, *lines = path.read_text(encoding="utf-8-sig").splitlines() or [""]
+    if header.split("\t") != ["split", "row", "score"]:
+        raise ValueError(f"line 1 must be 'split', 'row' and 'score' with tabs between, not {header[:60]!r}")
+    split_of, scores = {"train": "train", "dev": "validation", "test": "test"}, {}
+
+    def read(line: str) -> None:
+        split, row, score = line.split("\t")
+        if split not in split_of:
+            raise ValueError(f"the split is train, dev or test, not {split!r}")
+        place = split_of[split], int(row)
+        if not 0 <= place[1] < len(trees[place[0]]) or place in scores:
+            raise ValueError(f"row {row} of {split} " + ("occurs twice" if place in scores else "does not exist"))
+        if not 0 <= float(score) <= 1:
+            raise ValueError(f"a score lies between 0 and 1, not {score}")
+        scores[place] = float(score)
+
+    for number, line in enumerate(lines, 2):
+        if line.strip():
+            _with_number(number, read, line)
+    return scores
 
 
 def _from_hub() -> tuple[dict[str, list[Tree]], dict[tuple[str, int], float]]:
@@ -133,12 +183,12 @@ _HOW_TO_GET = ("Three ways: set CARMA_DATA to a folder that holds sst/trees/{tra
 def load_trees() -> tuple[dict[str, list[Tree]], dict[tuple[str, int], float]]:
     """The trees by split, and sentence scores by (split, row); from `$CARMA_DATA/sst`, else the hub.
 
-    Raises `DataNotFound` naming the ways to get them.
+    Raises `DataNotFound` naming the ways to get them, `RunError` naming a damaged file and its line.
     """
     root = os.environ.get("CARMA_DATA")
     if root is None:
         return _from_hub()
-    folder = Path(root) / "sst"
+    folder = user_path(root) / "sst"
     if not folder.is_dir():
         raise DataNotFound(f"CARMA_DATA is {root}, but there is no folder sst in it. {_HOW_TO_GET}")
     return _from_folder(folder)

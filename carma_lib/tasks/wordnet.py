@@ -1,8 +1,9 @@
 """WordNet 3.0 as inverse dictionary: definition → headword.
 
 Every (lemma, synset) pair is enumerated, then filtered, with the count after each filter. Three splits of
-80/10/10: by row (published; a headword or a definition can stand on both sides), by synset (default here:
-no definition on both sides), by headword (no target on both sides).
+80/10/10: by row (published; a headword or a definition can occur on both sides), by synset (default here: no
+definition on both sides), by headword (no target on both sides). The split by synset has a second test set,
+`test_headword`: first, 5 % of the headwords are held out with every definition of theirs.
 """
 from __future__ import annotations
 
@@ -12,11 +13,14 @@ from typing import Any
 
 import pandas as pd
 
+from carma_lib.files import reading
 from carma_lib.synonyms import wordnet as lexicon
 from carma_lib.tasks.schema import DataNotFound, TaskRows, shuffle_held_out
 
 SPLIT_KEYS = {"row": None, "synset": "definition", "headword": "lemma"}
 MIN_WORDS, MAX_WORDS = 3, 40
+HELD_OUT_HEADWORDS = 0.05
+PAIRS = 206_978  # of WordNet 3.0
 
 
 def _filters() -> list[tuple[str, Callable[[pd.DataFrame], pd.Series]]]:
@@ -34,11 +38,18 @@ def _filters() -> list[tuple[str, Callable[[pd.DataFrame], pd.Series]]]:
 
 
 def filtered_pairs() -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """The pairs that pass every filter, and the count after each one. `DataNotFound` without WordNet."""
+    """The pairs that pass every filter, and the count after each one.
+
+    Raises `DataNotFound` without WordNet, `RunError` if its files are cut or damaged.
+    """
     try:
-        pairs = lexicon.definition_pairs()
+        database = lexicon.wordnet()
     except lexicon.WordNetNotFound as error:
         raise DataNotFound(str(error)) from error
+    with reading(f"WordNet in {database.root}", "install it again"):
+        pairs = lexicon.definition_pairs()
+        if database.get_version() == "3.0" and len(pairs) != PAIRS:
+            raise ValueError(f"{len(pairs):,} pairs of lemma and synset, where WordNet 3.0 has {PAIRS:,}")
     pairs["definition"] = pairs["definition"].str.strip()
     counts = [{"filter": "all (lemma, synset) pairs", "pairs": len(pairs)}]
     for name, keeps in _filters():
@@ -62,21 +73,31 @@ def build_rows(*, seed: int, split_by: str) -> TaskRows:
         raise ValueError(f"unknown split '{split_by}'; WordNet is split by {', '.join(SPLIT_KEYS)}")
     pairs, counts = filtered_pairs()
     key = SPLIT_KEYS[split_by]
-    identifiers = pairs["synset"] + "/" + pairs["lemma"]
-    groups = list(pairs[key] if key else identifiers)
-    split_of = split_groups(groups, seed)
+    pairs["item_id"] = "wordnet/" + pairs["synset"] + "/" + pairs["lemma"]
+    pairs["group"] = pairs[key] if key else pairs["item_id"].str.removeprefix("wordnet/")
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
-    for identifier, text, target, group in zip(identifiers, pairs["definition"], pairs["lemma"], groups):
-        splits[split_of[group]].append(
-            {"item_id": f"wordnet/{identifier}", "text": text, "target": target, "phrases": [], "group": group})
+    if split_by == "synset":  # the second test set
+        headwords = sorted(set(pairs["lemma"]))
+        unseen = pairs["lemma"].isin(random.Random(seed).sample(headwords, int(HELD_OUT_HEADWORDS * len(headwords))))
+        splits["test_headword"] = _rows(pairs[unseen])
+        pairs = pairs[~pairs["definition"].isin(pairs["definition"][unseen])]
+    split_of = pairs["group"].map(split_groups(list(pairs["group"]), seed))
+    for split in ("train", "validation", "test"):
+        splits[split] = _rows(pairs[split_of == split])
     shuffle_held_out(splits)
     return TaskRows(splits, source="WordNet 3.0, Princeton University",
                     licence="WordNet 3.0 licence (free use with the notice kept)",
-                    facts={"filters": counts, "shared_between_train_and_test": _shared(splits)})
+                    facts={"filters": counts, "shared_between_train_and_test": _shared(splits, "test"),
+                           "shared_with_train": {name: _shared(splits, name) for name in splits if name != "train"}})
 
 
-def _shared(splits: dict[str, list[dict[str, Any]]]) -> dict[str, int]:
-    """How many test rows have a definition, or a headword, that stands in train too."""
+def _rows(pairs: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{"item_id": item, "text": text, "target": target, "phrases": [], "group": group} for item, text, target, group
+            in zip(pairs["item_id"], pairs["definition"], pairs["lemma"], pairs["group"])]
+
+
+def _shared(splits: dict[str, list[dict[str, Any]]], split: str) -> dict[str, int]:
+    """How many rows of a split have a definition, or a headword, that occurs in train too."""
     seen = {column: {row[column] for row in splits["train"]} for column in ("text", "target")}
-    return {name: sum(row[column] in seen[column] for row in splits["test"])
+    return {name: sum(row[column] in seen[column] for row in splits[split])
             for name, column in (("definitions", "text"), ("headwords", "target"))}
