@@ -45,7 +45,17 @@ SIZES = {
 SMALL = {name: size for size, names in SIZES.items() for name in names}
 
 
-CHANGES = {}
+ROTARY = dict(qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8, num_key_value_heads=4)
+HYBRID = ["mamba", "hybrid", "mamba", "hybrid"]
+CHANGES = {
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa",
+                     "longcat_flash", "minicpm3", "sarvam_mla", "youtu"), ROTARY),
+    **dict.fromkeys(("codegen", "gptj"), dict(rotary_dim=4)),
+    "gpt_neo": dict(num_layers=4, attention_types=[[["global", "local"], 2]]),
+    "mamba2": dict(num_heads=8, head_dim=8, n_groups=1, state_size=8),
+    "zamba2": dict(layers_block_type=HYBRID, hybrid_layer_ids=[1, 3], mamba_headdim=8, n_mamba_heads=8, adapter_rank=4,
+                   attention_hidden_size=64, attention_head_dim=16),
+}
 
 
 def tiny_config(family: str, **changes):

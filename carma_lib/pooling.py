@@ -60,11 +60,9 @@ def constituent_aware_pooling(
     `start_layer` *l* pools the stream entering block *l*, 0 ≤ *l* < number of blocks; `protocol` is "sum",
     "mean" or "max" (element by element). Inputs and errors as in `pooling_grid`, cheaper for several runs.
     """
-    grid = pooling_grid(
-        model, input_ids, attention_mask, constituent_ids, start_layers=[start_layer], protocols=[protocol]
-    )
-    (logits,) = grid.pooled.values()
-    return logits
+    grid = pooling_grid(model, input_ids, attention_mask, constituent_ids, start_layers=[start_layer],
+                        protocols=[protocol])
+    return grid.pooled.popitem()[1]
 
 
 @torch.no_grad()
@@ -90,26 +88,25 @@ def pooling_grid(
     """
     model, blocks = _model_and_blocks(model)
     _check_inputs(input_ids, attention_mask, constituent_ids)
-    start_layers = [_checked_start_layer(layer, len(blocks)) for layer in dict.fromkeys(start_layers)]
-    protocols = [_checked_protocol(protocol) for protocol in dict.fromkeys(protocols)]
+    start_layers, protocols = _checked_grid(start_layers, protocols, len(blocks))
     inputs = input_ids, attention_mask.long(), constituent_ids
     pooled_positions(*inputs[1:])  # refuses before anything runs
     with evaluation_mode(model):
         together = _check_model(model, blocks, start_layers, input_ids.device)
         parts = [inputs] if together else zip(*(tensor.split(1) for tensor in inputs))
-        grids = [_grid(model, blocks, start_layers, protocols, *_left_padded(*part)) for part in parts]
+        grids = [_grid(model, blocks, start_layers, protocols, *part) for part in parts]
     pooled = {key: torch.cat([grid.pooled[key] for grid in grids]) for key in grids[0].pooled}
     return PoolingGrid(torch.cat([grid.clean for grid in grids]), pooled, torch.cat([grid.changed for grid in grids]))
 
 
 def _grid(
-    model: nn.Module, blocks: nn.ModuleList, start_layers: Sequence[int], protocols: Sequence[str],
-    input_ids: Tensor, mask: Tensor, ids: Tensor,
+    model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], protocols: Sequence[str], *inputs: Tensor
 ) -> PoolingGrid:
+    input_ids, mask, ids = _left_padded(*inputs)
     positions = pooled_positions(mask, ids)
-    clean, record = _clean_pass(model, blocks, start_layers, input_ids, mask)
+    clean, record = _clean_pass(model, blocks, layers, input_ids, mask)
     pooled = {(layer, protocol): _pooled_pass(model, blocks, layer, record, positions, protocol)
-              for layer, protocol in itertools.product(start_layers, protocols)}
+              for layer, protocol in itertools.product(layers, protocols)}
     return PoolingGrid(clean, pooled, changed=mask.sum(dim=1) - positions[:, -1] - 1)
 
 
@@ -153,11 +150,8 @@ def _pool(stream: Tensor, positions: Tensor, protocol: str) -> Tensor:
     slots = torch.where(positions < 0, 0, positions + 1 + longest - lengths)  # slot 0 takes the padding
     values = stream.to(torch.promote_types(stream.dtype, torch.float32))
     pooled = values.new_zeros(len(stream), longest + 1, stream.shape[-1]).scatter_reduce(
-        1,
-        slots.to(stream.device).unsqueeze(-1).expand_as(stream),
-        values,
-        reduce="amax" if protocol == "max" else protocol,
-        include_self=False,
+        1, slots.to(stream.device).unsqueeze(-1).expand_as(stream), values,
+        reduce="amax" if protocol == "max" else protocol, include_self=False,
     )
     return pooled[:, 1:].to(stream.dtype).contiguous()
 
@@ -187,13 +181,12 @@ def _clean_pass(
         if not isinstance(output, Tensor):
             record.forms[layer] = type(output), len(output)
 
-    handles = []
+    handles = [model.get_input_embeddings().register_forward_hook(keep_embeddings)]
+    for layer in layers:
+        handles.append(blocks[layer].register_forward_pre_hook(partial(keep_stream, layer), with_kwargs=True))
+    for layer in range(max(layers, default=0)):
+        handles.append(blocks[layer].register_forward_hook(partial(keep_form, layer)))
     try:
-        handles.append(model.get_input_embeddings().register_forward_hook(keep_embeddings))
-        for layer in layers:
-            handles.append(blocks[layer].register_forward_pre_hook(partial(keep_stream, layer), with_kwargs=True))
-        for layer in range(max(layers, default=0)):
-            handles.append(blocks[layer].register_forward_hook(partial(keep_form, layer)))
         return _last_logits(model, mask.sum(dim=1), input_ids=input_ids), record
     finally:
         for handle in handles:
@@ -371,23 +364,18 @@ def _refuse_split_constituents(ids: Tensor) -> None:
     split = (heads[:, 1:] == heads[:, :-1]) & (heads[:, 1:] >= 0)
     if split.any():
         row, column = split.nonzero()[0].tolist()
-        raise ValueError(
-            f"the tokens of constituent {int(heads[row, column])} in row {row} are not next to each other; "
-            "give each run of tokens its own id"
-        )
+        raise ValueError(f"the tokens of constituent {int(heads[row, column])} in row {row} are not next to each "
+                         "other; give each run of tokens its own id")
 
 
-def _checked_start_layer(layer: int, num_blocks: int) -> int:
-    try:
-        index = operator.index(layer)
-    except TypeError:
-        raise ValueError(f"start layer must be an integer, not {layer!r}") from None
-    if not 0 <= index < num_blocks:
-        raise ValueError(f"start layer {index} lies outside the model's blocks 0 to {num_blocks - 1}")
-    return index
-
-
-def _checked_protocol(protocol: str) -> str:
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}; use one of {', '.join(PROTOCOLS)}")
-    return protocol
+def _checked_grid(start_layers: Sequence[int], protocols: Sequence[str], depth: int) -> tuple[list[int], list[str]]:
+    """Both axes of the grid, each value once."""
+    layers, protocols = list(dict.fromkeys(start_layers)), list(dict.fromkeys(protocols))
+    for layer in layers:
+        if not hasattr(layer, "__index__"):
+            raise ValueError(f"start layer must be an integer, not {layer!r}")
+        if not 0 <= layer < depth:
+            raise ValueError(f"start layer {layer} lies outside the model's blocks 0 to {depth - 1}")
+    if unknown := [protocol for protocol in protocols if protocol not in PROTOCOLS]:
+        raise ValueError(f"unknown protocol {unknown[0]!r}; use one of {', '.join(PROTOCOLS)}")
+    return [operator.index(layer) for layer in layers], protocols
