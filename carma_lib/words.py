@@ -145,22 +145,24 @@ class WordTable:
         return ((member & ~continues).long().cumsum(1) - 1).masked_fill(~member, -1)
 
 
-def document_ids(input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, *,
-                 end_of_document: int | None = None) -> Tensor:
+def document_ids(position_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                 input_ids: Tensor | None = None, *, end_of_document: int | None = None) -> Tensor | None:
     """The document of each token of rows that may be packed, (batch, tokens) int64; numbers count within a row.
 
     A document begins where positions do not rise (packing without padding, as TRL and transformers do it), where
-    the attention mask, if it numbers documents 1, 2, …, holds another number, and after `end_of_document`, if that
-    token is given (rows that were packed and cut without a mark).
+    the attention mask, if it numbers documents 1, 2, …, holds another number, and after the token `end_of_document`
+    of `input_ids`, if that is given (rows that were packed and cut without a mark). None if nothing is given.
     """
-    begins = torch.zeros_like(input_ids)
+    begins = []
     if position_ids is not None:
         position_ids = position_ids[0] if position_ids.dim() == 3 else torch.atleast_2d(position_ids)  # 3: text first
-        begins[:, 1:] |= (position_ids[:, 1:] <= position_ids[:, :-1]).long()
+        begins.append(position_ids[:, 1:] <= position_ids[:, :-1])
     if end_of_document is not None:
-        begins[:, 1:] |= (input_ids[:, :-1] == end_of_document).long()
-    documents = begins.cumsum(1)
-    return documents if attention_mask is None else documents + attention_mask.long() * (input_ids.size(1) + 1)
+        begins.append(input_ids[:, :-1] == end_of_document)
+    documents = sum(F.pad(starts.long(), (1, 0)).cumsum(1) for starts in begins) if begins else None
+    if attention_mask is None:
+        return documents if documents is None or input_ids is None else documents.expand_as(input_ids)
+    return (0 if documents is None else documents) + attention_mask.long() * (attention_mask.size(1) + 1)
 
 
 # What a token's first and last characters are; joiners and points are of a word only between two letters or digits.

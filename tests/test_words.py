@@ -233,18 +233,18 @@ def test_documents_of_packed_rows():
     ids = torch.tensor([[5, 6, 7, 8, 9, 2]])
 
     def documents(**marks):
-        found = document_ids(ids, **marks)[0].tolist()
+        found = document_ids(input_ids=ids, **marks)[0].tolist()
         return [list(dict.fromkeys(found)).index(document) for document in found]
 
-    assert documents() == documents(attention_mask=torch.ones_like(ids)) == [0] * 6
+    assert document_ids() is None and documents(attention_mask=torch.ones_like(ids)) == [0] * 6
     assert documents(position_ids=torch.tensor([[0, 1, 2, 0, 1, 0]])) == [0, 0, 0, 1, 1, 2]
     assert documents(position_ids=torch.tensor([[0, 1, 0, 1, 2, 3]]).expand(3, 1, 6)) == [0, 0, 1, 1, 1, 1]
     assert documents(position_ids=torch.arange(6)) == [0] * 6  # one row of positions for all rows
     assert documents(attention_mask=torch.tensor([[1, 1, 2, 2, 2, 0]])) == [0, 0, 1, 1, 1, 2]
     assert documents(end_of_document=7) == [0, 0, 0, 1, 1, 1]
-    left = document_ids(ids, torch.tensor([[0, 0, 1, 1, 1, 1]]), torch.tensor([[0, 0, 0, 1, 2, 3]]))[0, 2:]
+    left = document_ids(torch.tensor([[0, 0, 0, 1, 2, 3]]), torch.tensor([[0, 0, 1, 1, 1, 1]]))[0, 2:]
     assert (left == left[0]).all()
-    holes = document_ids(ids, torch.tensor([[1, 1, 0, 1, 1, 1]]))[0]
+    holes = document_ids(attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]]))[0]
     assert holes[0] == holes[5]
 
 
@@ -259,5 +259,5 @@ def test_documents_of_trls_and_transformers_collators():
                   sft.DataCollatorForLanguageModeling(0, padding_free=True)(packed),
                   sft.DataCollatorForLanguageModeling(0, return_position_ids=True)(packed),
                   DataCollatorWithFlattening()(rows)):
-        found = document_ids(batch["input_ids"], batch.get("attention_mask"), batch["position_ids"])
+        found = document_ids(batch["position_ids"], batch.get("attention_mask"), batch["input_ids"])
         assert found.diff().ne(0).tolist() == [[False, False, True, True, False]]
