@@ -15,7 +15,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Train
 from carma_lib.blocks import KeptStates, checked_blocks, decoder_blocks, takes
 from carma_lib.collate import Collator
 from carma_lib.losses import CarmaConfig, CarmaLoss
-from carma_lib import words as word_tables
+from carma_lib.words import WordTable, document_ids
 
 OWN_COLUMNS = ("constituent_ids", "target_id", "target_ids")
 
@@ -81,8 +81,7 @@ class CarmaMixin:
             self._attach()
         ids, mask = inputs.get("input_ids", words), inputs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        documents = (word_tables.document_ids(position_ids=inputs.get("position_ids"), attention_mask=mask)
-                     if hasattr(word_tables, "document_ids") else None)
+        documents = document_ids(inputs.get("position_ids"), mask, ids)
         mask = torch.ones_like(ids) if mask is None else mask
         if words is None:
             words = self._words().constituent_ids(ids, mask, documents)
@@ -218,7 +217,7 @@ class CarmaMixin:
             if not isinstance(tokenizer, PreTrainedTokenizerBase):
                 raise ValueError("carma_weight > 0 needs to know words: pass the tokenizer as processing_class, or "
                                  "constituent_ids in every batch (carma_lib.collate.encode_text)")
-            self._word_table = word_tables.WordTable(tokenizer)
+            self._word_table = WordTable(tokenizer)
         return self._word_table
 
     def _seeded_generator(self, device: torch.device | str = "cpu") -> torch.Generator:
