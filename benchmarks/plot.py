@@ -4,7 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from carma_lib.report.plots import METHOD_COLOURS, METHOD_MARKERS
+from carma_lib.report.style import METHOD_COLOURS, METHOD_MARKERS
 from carma_lib.files import whole_file
 
 LABELS = {

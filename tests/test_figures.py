@@ -3,10 +3,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from figure_checks import assert_no_overlaps, overlaps
 from made_results import made_history, made_results
 from matplotlib.colors import to_hex
 
 from carma_lib.report import plots as figures
+from carma_lib.report import study_plots, style
 from carma_lib.stats import metrics as statistics
 from carma_lib.stats.claims import primary_comparisons
 from carma_lib.stats.table import METHOD_LABELS
@@ -60,11 +62,90 @@ def test_every_figure_is_saved_with_its_data_and_nothing_is_cut_off(results, com
         figure.draw_without_rendering()
         box, width = figure.get_tightbbox(), figure.get_figwidth()
         assert box.x0 > -0.02 and box.y0 > -0.02 and box.x1 < width + 0.02, f"{name} is cut off"
-        assert width in (figures.COLUMN, figures.PAGE, figures.FOREST)
+        assert width in (style.COLUMN, style.PAGE)
         texts = [text for text in figure.findobj(plt.Text) if text.get_text().strip() and text.get_visible()]
         assert min(text.get_fontsize() for text in texts) >= 7, f"{name} has text too small to read"
     assert not plt.get_fignums(), "a figure is left open, and a notebook would show it twice"
     assert not list(tmp_path.glob(".*"))
+
+
+MANY = list(METHOD_LABELS)
+
+
+def seeds_rows(column, places, panels=("a",), methods=MANY, seeds=3, scale=1.0):
+    generator = np.random.default_rng(0)
+    return pd.DataFrame([{"method": method, "seed": seed, "panel": panel, column: place,
+                          "measured": scale * (number + generator.normal())} for number, method in enumerate(methods)
+                         for seed in range(seeds) for panel in panels for place in places])
+
+
+def claims_table(names, low=-0.05, high=0.05, methods=("carma",)):
+    lines = [{"name": name, "kind": kind, "metric": "accuracy", "method": methods[place % len(methods)],
+              "baseline": "fine_tuning", "estimate": (low + high) / 2 + (kind == "cv ratio"), "low": low + (kind == "cv ratio"),
+              "high": high + (kind == "cv ratio"), "holm_p": (0.01, 0.5, np.nan)[place % 3],
+              "margin": 0.02 if kind == "non-inferiority" else np.nan}
+             for place, name in enumerate(names) for kind in ("difference", "non-inferiority", "cv ratio")]
+    return pd.DataFrame(lines)
+
+
+def drawn_hard():
+    """Figures of long names, many methods, many panels, extreme values."""
+    several = pd.concat([made_results(methods={method: place / 4 for place, method in enumerate(MANY)}, seeds=3, items=12,
+                                      rates=(0.1, 0.25, 0.4), layers=(), split=split) for split in SPLITS])
+    means = statistics.summarise(several, "accuracy").query("condition == 'clean'")
+    long = "held out combinations of a task with a name that goes on"
+    layers = seeds_rows("layer", range(-1, 30), panels=(long, "b", f"{long}\nc"))
+    steps = seeds_rows("budget", (60, 120, 240, 480, 960, 1920, 100_000), panels=("300 items", "900 items", "b", "c"))
+    flat = seeds_rows("layer", range(4), methods=MANY[:4], scale=0.0)
+    huge = seeds_rows("layer", range(4), methods=MANY[:4], scale=1e9)
+    claims = [f"a task with quite a long name, CARMA, {place}: performance preserved on seen combinations of words"
+              for place in range(9)]
+    differences = pd.DataFrame([dict(method=method, panel=panel, estimate=0.1 * place, low=-0.9, high=0.9)
+                                for place, method in enumerate(MANY[1:]) for panel in ("new combinations", "pooling", long)])
+    runs = layers.rename(columns={"measured": "measure"}).assign(accuracy=lambda rows: rows["measure"] / 10)
+    long_history = made_history(methods=MANY, steps=10_000)
+    yield "many methods", figures.by_method(means, label="accuracy")
+    yield "many methods by rate", figures.consist_syn_by_rate(statistics.summarise(several, "consist_syn"),
+                                                              statistics.per_seed(several, "consist_syn"))
+    yield "long history", figures.learning_curves(long_history)
+    yield "few methods", figures.learning_curves(made_history(methods=MANY[1:5]))
+    yield "one loss", figures.learning_curves(made_history().drop(columns=["stability", "mutual_information"]))
+    yield "layers", study_plots.measure_by_layer(layers, panel="panel", label="information, nats")
+    yield "flat", study_plots.measure_by_layer(flat, panel="panel", label="information, nats")
+    yield "huge", study_plots.measure_by_layer(huge, panel="panel", label="information, nats")
+    yield "drift", figures.drift_by_layer(huge.assign(value=huge["measured"]))
+    yield "drift of many", figures.drift_by_layer(layers[layers["panel"] == "b"].assign(value=layers["measured"]))
+    yield "budgets", study_plots.accuracy_by_budget(steps, panel="panel")
+    yield "differences", study_plots.differences(differences, rows="method", panel="panel")
+    yield "runs", study_plots.measure_against_accuracy(runs[runs["layer"] == 3], measure="measure", panel="panel",
+                                                       label="variance that a sum of parts explains in the last layer")
+    yield "forest, long names", figures.forest_plot(claims_table(claims, methods=MANY))
+    yield "forest, wide", figures.forest_plot(claims_table(["a", "b"], low=-0.9, high=1.0))
+    yield "forest, narrow", figures.forest_plot(claims_table(["new combinations"], low=0.01999, high=0.02001))
+    yield "forest, one claim", figures.forest_plot(claims_table(["new combinations"]).iloc[:1])
+    yield "forest, one ratio", figures.forest_plot(claims_table(["new combinations"], -0.9, 9).iloc[2:])
+
+
+def test_no_text_lies_over_another_or_over_a_mark(results, comparisons):
+    cases = {**{name: figure for name, (figure, _) in drawn(results, comparisons).items()}, **dict(drawn_hard())}
+    found = {name: overlaps(figure) for name, figure in cases.items()}
+    assert len(found) == 25 and not {name: lines for name, lines in found.items() if lines}
+
+
+def test_the_check_of_overlaps_finds_each_kind():
+    figure, axes = plt.subplots(figsize=(4, 3), layout="constrained")
+    axes.plot([0, 1, 2], [0, 1, 0], "o-")
+    assert_no_overlaps(figure)
+    spoilt = {"over a mark": lambda: axes.text(1, 1, "top", va="center", ha="center"),
+              "over 'one'": lambda: [axes.text(0.2, 0.8, name) for name in ("one", "two")],
+              "leaves the canvas": lambda: axes.annotate("far", (0, 0), xytext=(-200, 0), textcoords="offset points",
+                                                         annotation_clip=False).set_in_layout(False)}
+    for message, spoil in spoilt.items():
+        spoil()
+        assert any(message in line for line in overlaps(figure)), (message, overlaps(figure))
+        for text in list(axes.texts):
+            text.remove()
+    plt.close(figure)
 
 
 def test_same_svg_twice(results, comparisons, tmp_path):
@@ -75,23 +156,34 @@ def test_same_svg_twice(results, comparisons, tmp_path):
 
 
 def test_methods_differ_in_colour_and_marker_everywhere():
-    assert list(figures.METHOD_COLOURS) == list(figures.METHOD_MARKERS) == list(METHOD_LABELS)
-    for look in (figures.METHOD_COLOURS, figures.METHOD_MARKERS):
+    assert list(style.METHOD_COLOURS) == list(style.METHOD_MARKERS) == list(METHOD_LABELS)
+    for look in (style.METHOD_COLOURS, style.METHOD_MARKERS):
         assert len(set(look.values())) == len(METHOD_LABELS)
-    assert figures.METHOD_COLOURS["fine_tuning"] == "#0173b2" and figures.METHOD_COLOURS["carma"] == "#de8f05"
+    assert style.METHOD_COLOURS["fine_tuning"] == "#0173b2" and style.METHOD_COLOURS["carma"] == "#de8f05"
 
 
 def test_points_and_bars_are_those_of_the_table(results):
     table = statistics.summarise(results, "accuracy").query("condition == 'clean' and split == 'test_longer'")
     seeds = statistics.per_seed(results, "accuracy").query("condition == 'clean' and split == 'test_longer'")
     axes = figures.accuracy_by_method(table, seeds).axes[0]
-    for place, line in enumerate(table.to_dict("records")):
+    assert axes.get_title() == f"test longer\n(untuned: {100 * table['estimate'].iloc[0]:.1f} %)"
+    for place, line in enumerate(table[table["method"] != "untuned"].to_dict("records")):
         marker, caps, bars = axes.containers[place].lines
-        assert to_hex(marker.get_color()) == figures.METHOD_COLOURS[line["method"]]
+        assert to_hex(marker.get_color()) == style.METHOD_COLOURS[line["method"]]
         assert marker.get_ydata() == pytest.approx([line["estimate"]])
         assert [cap.get_ydata()[0] for cap in caps] == pytest.approx([line["low"], line["high"]])
         dots = axes.collections[2 * place].get_offsets()[:, 1]
         assert sorted(dots) == pytest.approx(sorted(seeds.loc[seeds["method"] == line["method"], "value"]))
+
+
+def test_an_untuned_model_at_zero_leaves_the_axis_to_the_others(results):
+    clean = results[results["condition"] == "clean"]
+    clean = clean.assign(correct=clean["correct"] & (clean["method"] != "untuned"))
+    table, seeds = statistics.summarise(clean, "accuracy"), statistics.per_seed(clean, "accuracy")
+    for axes in figures.accuracy_by_method(table, seeds).axes:
+        assert axes.get_title().endswith("(untuned: 0.0 %)") and axes.get_ylim()[0] > 0.2
+    alone = table[table["method"] == "untuned"]
+    assert all(len(axes.containers) == 1 for axes in figures.accuracy_by_method(alone, seeds).axes)
 
 
 def test_forest_plot_fills_what_survives_correction_and_leaves_out_what_was_not_tested(comparisons):
@@ -99,13 +191,16 @@ def test_forest_plot_fills_what_survives_correction_and_leaves_out_what_was_not_
     axes = figures.forest_plot(table).axes
     fills = [to_hex(line.get_markerfacecolor()) for panel in axes for line in panel.lines
              if line.get_marker() == "s"]
-    assert fills == [figures.METHOD_COLOURS["carma"], "#ffffff", figures.METHOD_COLOURS["carma"], "#ffffff"]
+    # From below: non-inferiority is told in words and stays open, since a filled mark means a difference and only that.
+    assert fills == ["#ffffff", "#ffffff", style.METHOD_COLOURS["carma"], "#ffffff"]
+    names = [text.get_text() for text in axes[0].texts]
+    assert names[0] == "non-inferiority of accuracy (≥ −2: shown)" and "shown" not in "".join(names[1:])
     marks = [line for line in axes[0].lines if line.get_marker() == "s"]
     expected = (100 * table["estimate"][[2, 1, 0]]).tolist()
     assert [mark.get_xdata()[0] for mark in marks] == pytest.approx(expected)
     untested = table.assign(estimate=[np.nan, 0.1, 0.1, np.nan])
     assert len(figures.forest_plot(untested).axes) == 1
-    with pytest.raises(ValueError, match="no claim of the table could be tested"):
+    with pytest.raises(ValueError, match="no claim of the table could be estimated"):
         figures.forest_plot(table.assign(estimate=np.nan))
 
 

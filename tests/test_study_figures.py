@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from carma_lib.report.plots import METHOD_COLOURS
+from carma_lib.report.style import METHOD_COLOURS
 from carma_lib.report.study_plots import accuracy_by_budget, differences, measure_against_accuracy, measure_by_layer
 
 

@@ -25,8 +25,8 @@ from carma_lib.report.tables import answer, claim_rows
 TEMPLATE = Path(__file__).parent / "template"
 #: Made by the statistics notebook; the answer, the table of claims and the picture come from these.
 CLAIMS, PICTURE = Path("tables/primary_comparisons.csv"), Path("figures/primary_comparisons.png")
-PICTURE_TEXT = ("The primary comparisons: estimates and 95 % intervals over seeds and items. Filled marks: "
-                "p below 0.05 after Holm's correction; dotted marks: the margin of non-inferiority.")
+PICTURE_TEXT = ("The primary comparisons: estimates and 95 % intervals over seeds and items. A filled mark: the two methods "
+                "differ, p below 0.05 after Holm's correction. A short black line: the margin of non-inferiority.")
 ROWS_SHOWN = 60
 _CODE = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]*`)", re.S)
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)", re.S)
