@@ -27,6 +27,7 @@ test: install
 
 bench: install
 	$(BIN)/python benchmarks/step.py $(ARGS)
+	$(if $(ARGS),,$(BIN)/python benchmarks/long.py)
 
 clean:
 	rm -rf runs build dist .pytest_cache

@@ -12,6 +12,8 @@ from tiny import tiny_model
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import long
+from dense import DenseLoss
 from lengths import batches, read_lengths
 from naive import naive_loss, pad_to_published_length
 
@@ -61,3 +63,27 @@ def test_naive_version_computes_the_same_terms():
     padded = pad_to_published_length(batch, 5)
     assert padded["input_ids"].shape == (2, 5) and padded["constituent_ids"][:, :2].eq(-1).all()
     assert padded["attention_mask"].sum() == 6 and padded["target_ids"] is batch["target_ids"]
+
+
+def test_long_rows_run_and_the_dense_terms_are_the_same(tmp_path, monkeypatch):
+    small = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=12, num_attention_heads=4,
+                 num_key_value_heads=2)
+    monkeypatch.setattr(long, "SHAPE", long.SHAPE | small)
+    monkeypatch.setattr(long, "TOKENS", 16)
+    options = ["--lengths", "8", "40", "--rounds", "2", "--threads", "1", "--memory-lengths", "--out", str(tmp_path / "a")]
+    monkeypatch.setattr(sys, "argv", ["long.py", *options])
+    long.main()
+    report = json.loads((tmp_path / "a").read_text())
+    assert [(each["length"], each["method"]) for each in report["steps"]] == [
+        (length, method) for length in (8, 40) for method in long.METHODS
+    ]
+    assert all(each["ratio_low"] <= each["ratio"] <= each["ratio_high"] for each in report["steps"])
+    assert [each["length"] for each in report["terms"]] == [8, 40]
+    batch = long.batch_of(40)
+    states = [torch.randn(*batch["input_ids"].shape, 6, requires_grad=True) for _ in range(4)]
+    config = CarmaConfig(num_negatives=40, mi_layers=(0, 2), stability_layers=(0, 2))
+    fast, dense = (make(config)(states, batch["constituent_ids"], batch["attention_mask"], read=(torch.zeros(()),))
+                   for make in (CarmaLoss, DenseLoss))
+    torch.testing.assert_close(fast, dense)
+    for ours, theirs in zip(*(torch.autograd.grad(terms.total, states[1:]) for terms in (fast, dense))):
+        torch.testing.assert_close(ours, theirs)

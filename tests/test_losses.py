@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from carma_lib import terms
 from carma_lib.losses import CarmaConfig, CarmaLoss, mutual_information_loss, stability_loss
@@ -387,6 +388,25 @@ def test_carma_loss_joins_the_terms():
     torch.testing.assert_close(found.total, 0.5 * found.mutual_information + 0.7 * found.stability)
     unread = [state if index - 1 in config.layers else None for index, state in enumerate(outputs)]
     assert CarmaLoss(config)(unread, ids, mask) == found
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv", "llama"])
+def test_tuples_of_models_with_and_without_their_embeddings(family):
+    """State-space families leave the embeddings out of their tuple: None goes before it, as the docstring says."""
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=4, state_size=4)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).train()
+    blocks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 4][0]
+    outputs = [None] * 4
+    for layer, block in enumerate(blocks):
+        block.register_forward_hook(
+            lambda module, args, out, layer=layer: outputs.__setitem__(layer, out[0] if isinstance(out, tuple) else out)
+        )
+    ids, mask = torch.tensor([[0, 0, 1, 1, 2, 2]]), torch.ones(1, 6).long()
+    states = model(torch.tensor([[5, 6, 7, 8, 9, 11]]), output_hidden_states=True).hidden_states
+    loss = CarmaLoss(CarmaConfig(mi_layers=(0, 1), stability_layers=(0, 1), num_negatives=None))
+    given = states if family == "llama" else (None, *states)
+    assert loss(given, ids, mask) == loss((None, *outputs), ids, mask)
+    assert family == "llama" or loss(states, ids, mask) != loss((None, *outputs), ids, mask)
 
 
 def test_weights_of_zero_switch_terms_off():
