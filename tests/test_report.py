@@ -1,5 +1,8 @@
 """Tables for readers and the HTML report of a made run folder, with a notebook that is really executed."""
+import os
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import nbformat
@@ -260,3 +263,65 @@ def test_formulas_become_pictures_and_code_stays():
     assert text.count("<img") == 2 and 'alt="x^2"' in text and 'class="equation" alt="\\frac{a}{b}"' in text
     assert "<img" in formulas_to_pictures(r"$\bigl(x\bigr)$")
     assert "`$y$`" in text and "$z$" in text and "\\$5 and \\$6" in text and "`\\unknowable{x}`" in text
+
+
+WATCH = """<!DOCTYPE html><body><iframe id=page src="report.html" width=%d height=3000 style="border:0"></iframe>
+<script>onload = () => { const page = document.getElementById("page").contentDocument, root = page.documentElement;
+page.querySelectorAll("details").forEach(each => each.open = true);
+const broken = [...page.images].filter(each => !each.complete || !each.naturalWidth).length;
+document.title = `width ${root.clientWidth} scroll ${root.scrollWidth} broken ${broken} links ${page.links.length}`; }</script>"""
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.skipif(not shutil.which("chromium") and not os.environ.get("CI"), reason="no chromium here; CI has it")
+def test_the_page_in_chromium_scrolls_only_downwards(run_folder, two_tasks, tmp_path, width):
+    """Wide tables and long formulas scroll inside their boxes; every picture is whole; nothing asks the network."""
+    results, comparisons = two_tasks
+    tables.save_table(comparisons, tmp_path / "tables", "primary_comparisons")
+    wide = pd.DataFrame({f"a_column_with_a_long_name_{number}": [number / 7] * 3 for number in range(30)})
+    tables.save_table(wide, tmp_path / "tables", "wide_table")
+    figures.save_figure(figures.forest_plot(comparisons), tmp_path / "figures", "primary_comparisons", comparisons)
+    write_report(tmp_path, notebooks=[run_folder / "notebooks/01_made.ipynb"], title="A run_with_a_name_of_some_length" * 2)
+    (tmp_path / "watch.html").write_text(WATCH % width)
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--allow-file-access-from-files",
+         "--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",
+         "--window-size=1400,3000", "--dump-dom", (tmp_path / "watch.html").as_uri()],
+        capture_output=True, text=True, timeout=180)
+    found = re.search(r"<title>width (\d+) scroll (\d+) broken (\d+) links (\d+)</title>", done.stdout)
+    assert found, done.stderr[-2000:]
+    seen, scroll, broken, links = map(int, found.groups())
+    assert seen == width and scroll <= width and not broken and links > 5
+    assert "CONSOLE" not in done.stderr, done.stderr
+
+
+def cut(text):
+    return text[:len(text) * 2 // 3]
+
+
+@pytest.mark.parametrize("spoil", [
+    cut, lambda text: "", lambda text: text.splitlines()[0] + "\n", lambda text: "a,b\n1,2\n", lambda text: "\0" * 500,
+    lambda text: text.replace("difference", "differences"), lambda text: text.replace(",accuracy,", ",acuracy,"),
+    lambda text: text + 'x,"', lambda text: re.sub(r"\d", "x", text), lambda text: "[1, 2]"])
+def test_a_damaged_table_of_claims_is_named_in_one_line(tmp_path, spoil):
+    path = tables.save_table(made_comparisons(1.0), tmp_path / "tables", "primary_comparisons")
+    write_report(tmp_path, notebooks=[], title="whole")
+    path.write_text(spoil(path.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        write_report(tmp_path, notebooks=[], title="damaged")
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and "run its notebook again" in str(error.value)
+
+
+def test_other_damaged_files_are_named_and_older_tables_are_read(tmp_path):
+    path = tables.save_table(made_comparisons(1.0).drop(columns=["steps", "curve"]), tmp_path / "tables", "primary_comparisons")
+    assert "training steps (" not in write_report(tmp_path, notebooks=[], title="older").read_text(encoding="utf-8")
+    (tmp_path / "tables" / "other.csv").write_bytes(b"a,b\n\xff\xfe,2\n")
+    with pytest.raises(ValueError, match="other.csv is no table"):
+        write_report(tmp_path, notebooks=[], title="damaged")
+    (tmp_path / "tables" / "other.csv").unlink()
+    for content in ('{"cells": [', "[]", '{"cells": 3, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}'):
+        (tmp_path / "01.ipynb").write_text(content)
+        with pytest.raises(ValueError, match="01.ipynb is cut or no notebook") as error:
+            write_report(tmp_path, notebooks=[tmp_path / "01.ipynb"], title="damaged")
+        assert "\n" not in str(error.value)

@@ -21,13 +21,18 @@ from pygments.formatters import HtmlFormatter
 
 from carma_lib.files import whole_file
 from carma_lib.report.tables import answer, claim_rows
+from carma_lib.stats.claims import KINDS
+from carma_lib.stats.metrics import METRICS
 
 TEMPLATE = Path(__file__).parent / "template"
 #: Made by the statistics notebook; the answer, the table of claims and the picture come from these.
 CLAIMS, PICTURE = Path("tables/primary_comparisons.csv"), Path("figures/primary_comparisons.png")
-PICTURE_TEXT = ("The primary comparisons: estimates and 95 % intervals over seeds and items. A filled mark: the two methods "
-                "differ, p below 0.05 after Holm's correction. A short black line: the margin of non-inferiority.")
+PICTURE_TEXT = ("The primary comparisons: estimates and 95 % intervals over seeds and items. A filled mark: the two "
+                "methods differ, p below 0.05 after Holm's correction. A short black line: the margin of non-inferiority.")
 ROWS_SHOWN = 60
+_NEEDED = ("name", "kind", "metric", "method_estimate", "baseline_estimate", "estimate", "low", "high", "holm_p",
+           "effect_size", "n_items", "n_seeds", "outcome", "verdict", "note")
+_AGAIN = "delete it and run its notebook again (--resume), then the report"
 _CODE = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]*`)", re.S)
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)", re.S)
 
@@ -39,11 +44,11 @@ _SIZES = re.compile(r"\\[bB]igg?[lrm]?(?![a-zA-Z])")
 def write_report(run_dir: str | os.PathLike, *, notebooks: Iterable[str | os.PathLike], title: str) -> Path:
     """Write report.html into the run folder from its tables/, figures/ and the executed notebooks; its path.
 
-    The answer comes from tables/primary_comparisons.csv; without it the page says that there is no answer
-    yet. Raises FileNotFoundError for a notebook that is not there.
+    The answer comes from tables/primary_comparisons.csv; without it the page says that there is no answer yet. Raises
+    FileNotFoundError for a notebook that is not there, ValueError for a file that is damaged; both name the file.
     """
     run_dir = Path(run_dir)
-    claims = pd.read_csv(run_dir / CLAIMS) if (run_dir / CLAIMS).is_file() else None
+    claims = _claims(run_dir / CLAIMS) if (run_dir / CLAIMS).is_file() else None
     columns, rows = claim_rows(claims) if claims is not None else ([], [])
     picture = run_dir / PICTURE
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE), autoescape=True)
@@ -58,6 +63,31 @@ def write_report(run_dir: str | os.PathLike, *, notebooks: Iterable[str | os.Pat
     with whole_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def _claims(path: Path) -> pd.DataFrame:
+    """The table of `claims.primary_comparisons` read back. ValueError with one line for a file that is cut."""
+    claims = _csv(path)
+    if lacking := [name for name in _NEEDED if name not in claims]:
+        raise ValueError(f"{path} is cut or no table of claims: it lacks {', '.join(lacking)}; {_AGAIN}")
+    texts = claims[["name", "kind", "metric", "outcome", "verdict"]]
+    numbers = claims[[name for name in _NEEDED if name not in texts and name != "note"]]
+    odd = texts.isna().any(axis=1) | ~claims["metric"].isin(METRICS) | ~claims["kind"].isin(KINDS)
+    if claims.empty or odd.any() or not all(map(pd.api.types.is_numeric_dtype, numbers.dtypes)):
+        raise ValueError(f"{path} is cut or no table of claims: {int(odd.sum())} of its {len(claims)} rows cannot be "
+                         f"read; {_AGAIN}")
+    older = [name for name in ("steps", "curve") if name not in claims]
+    return claims.reindex(columns=[*claims, *older]).fillna({"steps": 0}).astype({"steps": int})
+
+
+def _csv(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is no table ({reason}); {_AGAIN}") from error
 
 
 def _sentences(claims: pd.DataFrame | None) -> list[dict]:
@@ -76,10 +106,7 @@ def _embedded(content: bytes, kind: str) -> str:
 
 
 def _table(path: Path) -> dict:
-    try:
-        frame = pd.read_csv(path)
-    except pd.errors.EmptyDataError:
-        frame = pd.DataFrame()
+    frame = _csv(path)
     more = f", the first {ROWS_SHOWN} shown" if len(frame) > ROWS_SHOWN else ""
     return {"name": path.stem.replace("_", " "), "anchor": f"table-{path.stem}",
             "note": f"{len(frame)} rows{more}; tables/{path.name}",
@@ -91,7 +118,11 @@ def _notebook(path: Path, number: int) -> dict:
     """An executed notebook as HTML: pictures inside, remote ones as their text, no progress bars (stderr)."""
     if not path.is_file():
         raise FileNotFoundError(f"no notebook at {path}; the report is made from executed copies")
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except (ValueError, AttributeError, TypeError, KeyError, nbformat.ValidationError) as error:
+        raise ValueError(f"{path} is cut or no notebook; run it again (--resume), then the report") from error
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = formulas_to_pictures(_REMOTE_IMAGE.sub(r"\1", cell.source))

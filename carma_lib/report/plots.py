@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-from carma_lib.report.style import (METHOD_COLOURS, METHOD_MARKERS, PAGE, check_one, make_panels, method_order, name_lines,
-                                    save_figure, seed_lines, styled)
+from carma_lib.report.style import (METHOD_COLOURS, METHOD_MARKERS, PAGE, check_one, make_panels, method_order,
+                                    name_lines, save_figure, seed_lines, styled)
 from carma_lib.stats.table import METHOD_LABELS
 
 __all__ = ["accuracy_by_method", "by_method", "consist_syn_by_rate", "cv_by_method", "drift_by_layer", "forest_plot",
@@ -159,8 +159,9 @@ def forest_plot(comparisons: pd.DataFrame) -> Figure:
     parts = [(rows, is_ratio) for is_ratio, rows in known.groupby(ratio)]
     if not parts:
         raise ValueError("forest_plot: no claim of the table could be estimated; its notes say why")
-    figure, panels = plt.subplots(len(parts), 1, figsize=(PAGE, 0.75 * len(parts) + 0.4 * (len(known) + len(parts) / 2)),
-                                  squeeze=False, height_ratios=[len(rows) + 0.5 for rows, _ in parts])
+    height = 0.95 * len(parts) + 0.4 * len(known)
+    figure, panels = plt.subplots(len(parts), 1, figsize=(PAGE, height), squeeze=False,
+                                  height_ratios=[len(rows) + 0.5 for rows, _ in parts])
     for axes, (rows, is_ratio) in zip(panels[:, 0], parts):
         _forest(axes, rows.iloc[::-1], 1.0 if is_ratio else 100.0)
         axes.axvline(1.0 if is_ratio else 0.0, color="black", linewidth=0.8, zorder=1)

@@ -25,8 +25,8 @@ from carma_lib.stats.table import METHOD_LABELS
 
 COLUMN, PAGE = 3.3, 4.8
 #: The colour-blind palette, its lightest colours darkened so that they are legible as text on white.
-_COLOURS = ("#6f6f6f", "#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#2f8fc4", "#ca9161", "#a8479a", "#8a7f00",
-            "#444444", "#7a3b00")
+_COLOURS = ("#6f6f6f", "#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#2f8fc4", "#ca9161", "#a8479a",
+            "#8a7f00", "#444444", "#7a3b00")
 #: Methods beyond the known ones, as one adds to `METHOD_LABELS`, take the next look.
 METHOD_COLOURS = dict(zip(METHOD_LABELS, cycle(_COLOURS)))
 METHOD_MARKERS = dict(zip(METHOD_LABELS, cycle(("X", "o", "s", "^", "v", "D", "P", "<", ">", "*", "p", "h"))))
@@ -78,7 +78,8 @@ def make_panels(names: Sequence[str], *, height: float = 1.9, across: int = 2, s
                                 squeeze=False, sharex=sharex, sharey=sharey)
     panels = list(axes.flat)
     for axes, name in zip(panels, names):
-        axes.set_title("\n".join(fill(line, 28 if across < 3 else 18) for line in str(name).replace("_", " ").split("\n")))
+        lines = str(name).replace("_", " ").split("\n")
+        axes.set_title("\n".join(fill(line, 28 if across < 3 else 18) for line in lines))
         axes.tick_params(labelbottom=True)
     for axes in panels[len(names):]:
         axes.remove()

@@ -112,8 +112,9 @@ def constant_interval(value: float, items: int, confidence: float, bounds: tuple
     [-1, 1] gets 2q to the inside at ±1, q to both sides at 0. Anything else has no interval.
     """
     unlike = 1 - ((1 - confidence) / 2) ** (1 / items)
-    reach = {(0, 1): {0: (0, unlike), 1: (unlike, 0)},
-             (-1, 1): {-1: (0, 2 * unlike), 0: (unlike, unlike), 1: (2 * unlike, 0)}}.get(bounds, {}).get(round(value, 9))
+    reaches = {(0, 1): {0: (0, unlike), 1: (unlike, 0)},
+               (-1, 1): {-1: (0, 2 * unlike), 0: (unlike, unlike), 1: (2 * unlike, 0)}}
+    reach = reaches.get(bounds, {}).get(round(value, 9))
     if reach is None:
         return Interval(value, np.nan, np.nan, 0.0, np.nan, "all values the same: no interval")
     return Interval(value, value - reach[0], value + reach[1], 0.0, np.nan, "all values the same: exact binomial limit")
@@ -129,7 +130,8 @@ def cv_interval(values: np.ndarray, *, confidence: float = 0.95) -> Interval:
     values = np.asarray(values, dtype=float)
     n, mean = len(values), values.mean()
     if n < 2 or mean <= 0:
-        return Interval(*[np.nan] * 5, "one seed: no spread to measure" if n < 2 else "mean is not above 0: CV undefined")
+        return Interval(*[np.nan] * 5,
+                        "one seed: no spread to measure" if n < 2 else "mean is not above 0: CV undefined")
     ratio = values.std(ddof=1) / mean
     if ratio < 1e-12:
         return Interval(0.0, 0.0, 0.0, np.nan, np.nan, "seeds do not differ")
