@@ -24,7 +24,6 @@ import torch
 import transformers
 from lengths import batches, read_lengths, write_lengths
 from naive import PADDED_LENGTH, naive_loss, pad_to_published_length
-from plot import draw
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from carma_lib.files import whole_file
@@ -304,7 +303,7 @@ def parse() -> argparse.Namespace:
         "--out",
         type=Path,
         default=HERE / "results",
-        help="folder of step_<device>.json, .png and .svg; what it holds from the same setup is kept",
+        help="folder of step_<device>.json; what it holds from the same setup is kept",
     )
     options = parser.parse_args()
     options.methods = ["fine_tuning", *(method for method in options.methods if method != "fine_tuning")]
@@ -329,7 +328,6 @@ def main() -> None:
     path = options.out / f"step_{options.device}.json"
     report["results"] = records(options, report, path)
     _write(path, report)
-    draw(report, options.out / f"step_{options.device}")
 
 
 if __name__ == "__main__":

@@ -15,78 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from carma_lib.negatives import Order
+
 CHUNK = 2**19  # numbers that one gathered tensor may hold: it stays in a processor's cache
 EDGES = 2**18  # pairs of tokens that are weighed at a time
-
-
-def sample_negatives(constituent_ids: Tensor, attention_mask: Tensor, num_negatives: int, *,
-                     document_ids: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """The draw of `mutual_information_loss`: up to `num_negatives` tokens of each anchor's row or document.
-
-    Anchors are the real tokens with a later token of their constituent. Their negatives are drawn from the
-    eligible tokens, uniformly and without replacement (Floyd's algorithm over ranks, so that the time grows
-    with the tokens that are drawn).
-
-    Returns:
-        (B, T, num_negatives) int64, positions in the row; −1 if there is none, and for tokens that are no anchors.
-    """
-    order = _Order.of(constituent_ids, attention_mask.bool(), document_ids)
-    anchors = order.later.nonzero().flatten()
-    drawn, missing = order.draw(anchors, num_negatives, generator)
-    positions = torch.full((constituent_ids.numel(), num_negatives), -1, device=constituent_ids.device)
-    positions[order.tokens[anchors]] = (drawn % constituent_ids.size(1)).masked_fill(missing, -1)
-    return positions.view(*constituent_ids.shape, num_negatives)
-
-
-class _Order(NamedTuple):
-    """The N = B · T tokens sorted by row (padding last), document, constituent and position.
-
-    A section (row or document) is then one stretch, and within it each constituent is one, whether or not its
-    tokens are neighbours in the text. `tokens` are positions in the flattened batch; all else is by place in
-    this order: where the token's section and constituent begin and end, and how many partners come later.
-    """
-
-    tokens: Tensor
-    sections: tuple[Tensor, Tensor]
-    constituents: tuple[Tensor, Tensor]
-    later: Tensor
-
-    @classmethod
-    def of(cls, ids: Tensor, real: Tensor, documents: Tensor | None) -> _Order:
-        ids, tokens = ids.flatten(), torch.arange(ids.numel(), device=ids.device)
-        row = torch.where(real.flatten(), tokens // real.size(1), len(real))
-        section = [row] if documents is None else [row, documents.flatten()]
-        for key in (ids, *reversed(section)):
-            tokens = tokens[key[tokens].argsort(stable=True)]
-        constituents = _stretches([*section, ids], tokens)
-        has_partners = (ids[tokens] >= 0) & (row[tokens] < len(real))
-        later = (constituents[1] - 1 - torch.arange(len(ids), device=ids.device)) * has_partners
-        return cls(tokens, _stretches(section, tokens), constituents, later)
-
-    def draw(self, anchors: Tensor, number: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Negatives (anchors, number), and which of them are missing; `anchors` are places in this order."""
-        start, end = (bounds[anchors] for bounds in self.sections)
-        own_start, own_end = (bounds[anchors] for bounds in self.constituents)
-        eligible = end - start - (own_end - own_start)
-        random = torch.randint(2**62, (len(anchors), number), generator=generator, device=anchors.device)
-        ranks = torch.full_like(random, -1)
-        for column in range(number):  # Floyd: the last column may take any rank, each before one rank less
-            highest = eligible - number + column
-            rank = random[:, column] % (highest + 1).clamp_min(1)
-            taken = (ranks[:, :column] == rank.unsqueeze(1)).any(1)
-            ranks[:, column] = torch.where(taken, highest, rank).where(highest >= 0, -1)
-        places = start.unsqueeze(1) + ranks
-        places = places + (own_end - own_start).unsqueeze(1) * (places >= own_start.unsqueeze(1))
-        return self.tokens[places.clamp(0, len(self.tokens) - 1)], ranks < 0
-
-
-def _stretches(keys: list[Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """For each place in the order `tokens`, the first place and the end of the stretch of equal keys around it."""
-    changed = torch.stack([key[tokens][1:] != key[tokens][:-1] for key in keys]).any(0)
-    stretch = F.pad(changed.long().cumsum(0), (1, 0))
-    sizes = torch.zeros_like(tokens).scatter_add_(0, stretch, torch.ones_like(tokens))
-    ends = sizes.cumsum(0)[stretch]
-    return ends - sizes[stretch], ends
 
 
 class _Meetings(NamedTuple):
@@ -116,8 +48,10 @@ class _Meetings(NamedTuple):
         products = torch.cat([_rows(states, anchors) @ _rows(states, others).transpose(1, 2)
                               for anchors, others in zip(self.anchors.split(step), self.others.split(step))])
         scores = products * scale[self.anchors].unsqueeze(2) * scale[self.others].unsqueeze(1)
+        if self.excluded is None:
+            return scores
         # finfo.min, not −inf: an anchor without negatives then has a finite sum and a zero gradient.
-        return scores if self.excluded is None else scores.masked_fill_(self.excluded, torch.finfo(scores.dtype).min)
+        return scores.masked_fill_(self.excluded, torch.finfo(scores.dtype).min)
 
     def add_pulls(self, states: Tensor, weights: Tensor, gradient: Tensor) -> None:
         """Add to each token's `gradient` (N, D) the states of those that it meets, by `weights` (b, m, n)."""
@@ -151,7 +85,7 @@ class _Batch:
     inverse: Tensor | None = None  # (L, N): how the gradient of a score is drawn back to the state itself
     ids: Tensor | None = None
     documents: Tensor | None = None
-    order: _Order | None = None
+    order: Order | None = None
     num_pairs: int = 0
     anchors: Tensor | None = None  # (A,) places in the order
     drawn: tuple[Tensor, Tensor] | None = None  # negatives of each anchor, and which are missing
@@ -293,13 +227,11 @@ def carma_terms(states: list[Tensor], attention_mask: Tensor, ids: Tensor | None
     facts = [batch.real.sum(), batch.squares.sum() / (temperature if similarity == "dot" else 1)]
     if mi:
         batch.ids, batch.documents = ids, documents
-        batch.order = _Order.of(ids, batch.real, documents)
+        batch.order = Order.of(ids, batch.real, documents)
         is_anchor = batch.order.later > 0
         by_row = torch.zeros_like(is_anchor).index_copy_(0, batch.order.tokens, is_anchor).view_as(ids)
         facts += [ids.min(), batch.order.later.sum(), is_anchor.sum(), by_row.sum(1).max()]
-    # All that the host must know, in one transfer; a sum is finite only if all its parts are.
-    exact = torch.float32 if batch.real.device.type == "mps" else torch.float64
-    num_real, size, *facts = torch.stack([fact.detach().to(exact) for fact in (*facts, *read)]).tolist()
+    num_real, size, *facts = _on_host([*facts, *read])  # a sum is finite only if all its parts are
     if not math.isfinite(size):
         raise ValueError("hidden_states hold NaN or infinity: lower the learning rate or check the input")
     batch.padded = num_real < batch.real.numel()
@@ -318,6 +250,12 @@ def carma_terms(states: list[Tensor], attention_mask: Tensor, ids: Tensor | None
         factor = batch.inverse if similarity == "cosine" else torch.ones_like(batch.squares)
         batch.scale = (factor / temperature).sqrt()
     return *_Terms.apply(batch, *states), tuple(facts[4:] if mi else facts)
+
+
+def _on_host(scalars: list[Tensor]) -> list[float]:
+    """All that the host must know of a batch, in one transfer."""
+    exact = torch.float32 if scalars[0].device.type == "mps" else torch.float64
+    return torch.stack([scalar.detach().to(scalars[0].device, exact) for scalar in scalars]).tolist()
 
 
 def _measured(states: list[Tensor], real: Tensor, mi: range, stability: range) -> _Batch:
