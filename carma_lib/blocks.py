@@ -53,11 +53,13 @@ class KeptStates:
         finally:
             self._keeping = False
 
-    def take(self, rows: int, tokens: int, loss: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def take(self, rows: int, tokens: int, loss: Tensor | None = None, *,
+             exact: bool = False) -> tuple[Tensor | None, ...]:
         """The kept states, embeddings first: entry l + 1 is block l's; None where nothing was to be kept.
 
         Virtual tokens that peft puts before the text are cut off: the last `tokens` positions remain.
         loss: if the model ran several times, the pass that this loss was computed from is taken.
+        exact: whether nothing may stand before the text.
 
         Raises:
             UnreadableStates: states of another shape, or a block that did not run.
@@ -69,7 +71,7 @@ class KeptStates:
         kept = passes[0]
         if loss is not None and len(passes) > 1:
             kept = next((each for each in passes if _was_used(each[max(each)], loss)), kept)
-        states = {layer: _stream(kept.get(layer), layer, rows, tokens) for layer in self._layers}
+        states = {layer: _stream(kept.get(layer), layer, rows, tokens, exact) for layer in self._layers}
         last = max(states)
         if self._gradients_only and not states[last].requires_grad:
             raise ValueError(
@@ -135,7 +137,7 @@ def checked_blocks(model: nn.Module) -> nn.ModuleList:
 
     Raises:
         TypeError: as `decoder_blocks`; a model that passes over whole blocks at random; blocks whose states are
-            not one stream of (batch, tokens, width), or not the hidden states that the model itself reports.
+            not one stream of (batch, tokens, width).
     """
     blocks, inner = decoder_blocks(model), language_model(model)
     name, text = type(inner).__name__, inner.config.get_text_config(decoder=True)
@@ -147,18 +149,12 @@ def checked_blocks(model: nn.Module) -> nn.ModuleList:
         return blocks
     ids = torch.ones(1, 3, dtype=torch.long)
     try:
-        with evaluation_mode(model), torch.random.fork_rng(devices=[]):
-            states, outputs = _read(model, {"input_ids": ids}, output_hidden_states=True)
+        with evaluation_mode(inner), torch.random.fork_rng(devices=[]):
+            _read(inner, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, exact=True)
     except UnreadableStates as error:
         raise UnreadableStates(f"{name} cannot be trained with CARMA: {error}") from None
     except Exception:  # whatever a model needs beyond token ids, its own training step says better
-        return blocks
-    reported = [state[:, -ids.size(1):] for state in getattr(outputs, "hidden_states", None) or ()]
-    for layer, state in enumerate(states[1:-1] if reported else ()):
-        if not any(state.shape == each.shape and torch.allclose(state, each, 0, 0, equal_nan=True)
-                   for each in reported):
-            raise UnreadableStates(f"{name} cannot be trained with CARMA: what leaves its block {layer} is none of "
-                                   "the hidden states that the model reports")
+        pass
     return blocks
 
 
@@ -175,7 +171,7 @@ def read_states(model: nn.Module, batch: Mapping[str, Tensor], *, final_norm: bo
     Raises:
         TypeError: as `decoder_blocks`, or states that are not one stream of (batch, tokens, width).
     """
-    states, outputs = _read(model, batch, output_hidden_states=final_norm)
+    states, outputs = _read(model, batch, **({"output_hidden_states": True} if final_norm else {}))
     if final_norm:
         states = (*states[:-1], outputs.hidden_states[-1][:, -states[-1].size(1):])
     return states
@@ -194,7 +190,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _read(model: nn.Module, batch: Mapping[str, Tensor], **settings) -> tuple[tuple[Tensor, ...], object]:
+def _read(model: nn.Module, batch: Mapping[str, Tensor], *, exact: bool = False,
+          **settings) -> tuple[tuple[Tensor, ...], object]:
     blocks, device = decoder_blocks(model), next(model.parameters()).device
     wanted = ("input_ids", "attention_mask", "position_ids")
     inputs = {name: batch[name].to(device) for name in wanted if name in batch}
@@ -204,16 +201,18 @@ def _read(model: nn.Module, batch: Mapping[str, Tensor], **settings) -> tuple[tu
     try:
         with kept.during(gradients_only=False):
             outputs = model(**inputs, use_cache=False, **settings)
-        return kept.take(*inputs["input_ids"].shape), outputs
+        return kept.take(*inputs["input_ids"].shape, exact=exact), outputs
     finally:
         kept.remove()
 
 
-def _stream(state: object, layer: int, rows: int, tokens: int) -> Tensor:
-    """The state itself, without what stands before the text; an error in one line if it is no state."""
+def _stream(state: object, layer: int, rows: int, tokens: int, exact: bool) -> Tensor:
+    """The state without what stands before the text; an error in one line if it is no state."""
     if state is None:
-        raise UnreadableStates(f"block {layer} handed on no state: it was passed over, or takes no hidden_states")
-    if not isinstance(state, Tensor) or state.dim() != 3 or state.size(0) != rows or state.size(1) < tokens:
+        raise UnreadableStates(f"block {layer} handed on no state with a gradient: it was passed over, takes no "
+                               "hidden_states, or is checkpointed reentrantly")
+    if not (isinstance(state, Tensor) and state.dim() == 3 and state.size(0) == rows
+            and (state.size(1) == tokens or state.size(1) > tokens and not exact)):
         found = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
         raise UnreadableStates(f"block {layer} hands on {found}, not one stream of (batch, tokens, width) with "
                                f"{rows} × {tokens} tokens")

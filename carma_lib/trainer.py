@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, default_data_collator
+from transformers import (DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments,
+                          default_data_collator)
 
 from carma_lib.blocks import KeptStates, checked_blocks, decoder_blocks, takes
 from carma_lib.collate import Collator
@@ -54,10 +55,11 @@ class CarmaMixin:
     def __init__(self, *args, carma: CarmaConfig | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.carma = CarmaConfig() if carma is None else carma
-        self._kept = self._attached = self._terms = self._word_table = self._unchecked = None
-        self._tally, self._misplaced, self._micro_step = {}, [], (-1, 0)
+        self._carma_kept = self._carma_attached = self._carma_terms = None
+        self._carma_word_table = self._carma_unchecked = None
+        self._carma_tally, self._carma_misplaced, self._carma_micro_step = {}, [], (-1, 0)
         _warn_of_half_precision(self.model)
-        if self._weighted():
+        if self._carma_weighted():
             if self.args.n_gpu > 1:
                 raise ValueError("several GPUs in one process are not supported: start one process a GPU with torchrun")
             self.carma.for_depth(len(checked_blocks(self.model)))
@@ -67,30 +69,34 @@ class CarmaMixin:
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._detach()
+            self._carma_detach()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
                      num_items_in_batch=None):
         """The base trainer's loss, and while training with λ > 0 the terms beside it."""
         inputs = dict(inputs)
         words = inputs.pop("constituent_ids", None)
-        base = partial(self._base_loss, model, inputs, return_outputs, num_items_in_batch)
-        if not (model.training and self._weighted()):
+        base = partial(self._carma_base_loss, model, inputs, return_outputs, num_items_in_batch)
+        if not (model.training and self._carma_weighted()):
             return base()
-        if self._attached is not self.model:  # the first step, or another model since
-            self._attach()
+        if self._carma_attached is not self.model:  # the first step, or another model since
+            self._carma_attach()
         ids, mask = inputs.get("input_ids", words), inputs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        documents = document_ids(inputs.get("position_ids"), mask, ids)
+        packed = inputs.get("position_ids") is None and getattr(self.args, "packing", False)  # and cut without a mark
+        documents = document_ids(inputs.get("position_ids"), mask, ids,
+                                 end_of_document=self._carma_tokenizer().eos_token_id if packed else None)
         mask = torch.ones_like(ids) if mask is None else mask
         if words is None:
-            words = self._words().constituent_ids(ids, mask, documents)
-        with self._kept.during():
+            words = self._carma_words().constituent_ids(ids, mask, documents)
+        with self._carma_kept.during():
             found = base()
         task_loss = found[0] if return_outputs else found
-        terms = self._terms(self._kept.take(*ids.shape, task_loss), words, mask.bool(), document_ids=documents,
-                            generator=self._seeded_generator(ids.device), read=[task_loss.detach(), *self._misplaced])
-        self._check(*terms.read)
+        states = self._carma_kept.take(*ids.shape, task_loss)
+        terms = self._carma_terms(states, words, mask.bool(), document_ids=documents,
+                                  generator=self._carma_seeded_generator(ids.device),
+                                  read=[task_loss.detach(), *self._carma_misplaced])
+        self._carma_check(*terms.read)
         weight, share = self.carma.carma_weight, self.share_of_step(num_items_in_batch)
         loss = (1 - weight) * task_loss + weight * share * terms.total
         self.record(task_loss=task_loss / share, mutual_information=terms.mutual_information,
@@ -109,16 +115,16 @@ class CarmaMixin:
         logits, targets = outputs.logits[:, -1].float(), inputs["target_ids"]
         predicted, losses = logits.argmax(-1), F.cross_entropy(logits, targets, reduction="none")
         gathered = self.accelerator.gather_for_metrics((predicted == targets, losses))
-        self._answers.append(torch.stack([each.cpu().double() for each in gathered]))
+        self._carma_answers.append(torch.stack([each.cpu().double() for each in gathered]))
         return (loss, None, None) if prediction_loss_only else (loss, (predicted, losses), targets)
 
     def evaluation_loop(self, *args, **kwargs):
         """As in the base trainer, with `accuracy` and `task_loss` where rows have a single answer."""
-        self._answers: list[Tensor] = []
+        self._carma_answers: list[Tensor] = []
         output = super().evaluation_loop(*args, **kwargs)
-        if self._answers:
+        if self._carma_answers:
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-            means = torch.cat(self._answers, dim=1).mean(dim=1).tolist()
+            means = torch.cat(self._carma_answers, dim=1).mean(dim=1).tolist()
             for name, value in zip(("accuracy", "task_loss"), means):
                 output.metrics.setdefault(f"{prefix}_{name}", value)
         return output
@@ -133,24 +139,24 @@ class CarmaMixin:
         if normalised is None:
             normalised = self.compute_loss_func is not None or (
                 self.model_accepts_loss_kwargs and num_items_in_batch is not None)
-        return 1 / self._micro_batches if normalised else 1.0
+        return 1 / self._carma_micro_batches if normalised else 1.0
 
     def record(self, **values: Tensor) -> None:
         """Add a micro-batch's scalars to the next training log, where their means over its steps appear."""
-        share = 1 / self._micro_batches
+        share = 1 / self._carma_micro_batches
         for name, value in values.items():
-            total, steps = self._tally.get(name, (0.0, 0.0))
-            self._tally[name] = total + share * value.detach().float(), steps + share
+            total, steps = self._carma_tally.get(name, (0.0, 0.0))
+            self._carma_tally[name] = total + share * value.detach().float(), steps + share
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add what was recorded, averaged over processes and the steps since the last log, to training logs."""
-        unchecked, self._unchecked = self._unchecked, None
+        unchecked, self._carma_unchecked = self._carma_unchecked, None
         if unchecked is not None:
-            self._check(*unchecked.tolist())
-        if "loss" in logs and self._tally:
-            means = torch.stack([total / steps for total, steps in self._tally.values()])
-            means = dict(zip(self._tally, self.accelerator.reduce(means, reduction="mean").tolist()))
-            shares, self._tally = self._shares(), {}
+            self._carma_check(*unchecked.tolist())
+        if "loss" in logs and self._carma_tally:
+            means = torch.stack([total / steps for total, steps in self._carma_tally.values()])
+            means = dict(zip(self._carma_tally, self.accelerator.reduce(means, reduction="mean").tolist()))
+            shares, self._carma_tally = self._carma_shares(), {}
             shown = {name: value for name, value in means.items() if name == "task_loss" or shares.get(name, 1)}
             logs |= shown | {f"weighted_{name}": shares[name] * shown[name] for name in shares if name in shown}
         super().log(logs, *args, **kwargs)
@@ -159,8 +165,8 @@ class CarmaMixin:
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in OWN_COLUMNS if name not in self._signature_columns]
 
-    def _base_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool, num_items_in_batch):
-        self._misplaced = []
+    def _carma_base_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool, num_items_in_batch):
+        self._carma_misplaced = []
         if "target_ids" not in inputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs,
                                         num_items_in_batch=num_items_in_batch)
@@ -173,58 +179,63 @@ class CarmaMixin:
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
         loss = F.cross_entropy(outputs.logits[:, -1].float(), inputs["target_ids"], label_smoothing=smoothing)
         mask = inputs.get("attention_mask")
-        self._misplaced = [] if mask is None else [(mask[:, -1] == 0).any()]
-        if not (self._weighted() and model.training):  # looked at with the next log
-            found = torch.stack([loss.detach(), *(each.to(loss.dtype) for each in self._misplaced)])
-            self._unchecked = found if self._unchecked is None else self._unchecked + found
+        self._carma_misplaced = [] if mask is None else [(mask[:, -1] == 0).any()]
+        if not (self._carma_weighted() and model.training):  # looked at with the next log
+            found = torch.stack([loss.detach(), *(each.to(loss.dtype) for each in self._carma_misplaced)])
+            self._carma_unchecked = found if self._carma_unchecked is None else self._carma_unchecked + found
         return (loss, outputs) if return_outputs else loss
 
-    def _check(self, loss: float, misplaced: float = 0.0) -> None:
+    def _carma_check(self, loss: float, misplaced: float = 0.0) -> None:
         if misplaced:
             raise ValueError("single-answer batches must be padded on the left: use carma_lib.collate.Collator")
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {self.state.global_step}: lower the learning rate")
 
-    def _weighted(self) -> bool:
+    def _carma_weighted(self) -> bool:
         carma = self.carma
         return bool(carma.carma_weight and (carma.mi_weight or carma.stability_weight))
 
-    def _shares(self) -> dict[str, float]:
+    def _carma_shares(self) -> dict[str, float]:
         carma = self.carma
         return {"task_loss": 1 - carma.carma_weight, "mutual_information": carma.carma_weight * carma.mi_weight,
-                "stability": carma.carma_weight * carma.stability_weight} if self._weighted() else {}
+                "stability": carma.carma_weight * carma.stability_weight} if self._carma_weighted() else {}
 
     @property
-    def _micro_batches(self) -> int:
+    def _carma_micro_batches(self) -> int:
         return getattr(self, "current_gradient_accumulation_steps", 1)
 
-    def _attach(self) -> None:
+    def _carma_attach(self) -> None:
         """Find the blocks of the model that is trained now, and put hooks on those that the terms read."""
-        self._detach()
+        self._carma_detach()
         blocks = decoder_blocks(self.model)
         config = self.carma.for_depth(len(blocks))
-        self._terms, self._kept, self._attached = CarmaLoss(config), KeptStates(blocks, config.layers), self.model
-        weakref.finalize(self, self._kept.remove)
+        self._carma_terms, self._carma_attached = CarmaLoss(config), self.model
+        self._carma_kept = KeptStates(blocks, config.layers)
+        weakref.finalize(self, self._carma_kept.remove)
 
-    def _detach(self) -> None:
-        if self._kept is not None:
-            self._kept.remove()
-        self._kept = self._attached = None
+    def _carma_detach(self) -> None:
+        if self._carma_kept is not None:
+            self._carma_kept.remove()
+        self._carma_kept = self._carma_attached = None
 
-    def _words(self):
-        if self._word_table is None:
-            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-            if not isinstance(tokenizer, PreTrainedTokenizerBase):
-                raise ValueError("carma_weight > 0 needs to know words: pass the tokenizer as processing_class, or "
-                                 "constituent_ids in every batch (carma_lib.collate.encode_text)")
-            self._word_table = WordTable(tokenizer)
-        return self._word_table
+    def _carma_tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError("carma_weight > 0 needs to know words: pass the tokenizer as processing_class, or "
+                             "constituent_ids in every batch (carma_lib.collate.encode_text)")
+        return tokenizer
 
-    def _seeded_generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+    def _carma_words(self) -> WordTable:
+        if self._carma_word_table is None:
+            self._carma_word_table = WordTable(self._carma_tokenizer())
+        return self._carma_word_table
+
+    def _carma_seeded_generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """Draws depend on seed, step, micro-batch and process alone, so resuming repeats them."""
         step = self.state.global_step
-        self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
-        words = np.random.SeedSequence((self.args.seed, *self._micro_step, self.args.process_index)).generate_state(2)
+        self._carma_micro_step = (step, self._carma_micro_step[1] + 1 if self._carma_micro_step[0] == step else 0)
+        entropy = (self.args.seed, *self._carma_micro_step, self.args.process_index)
+        words = np.random.SeedSequence(entropy).generate_state(2)
         return torch.Generator(device).manual_seed((int(words[0]) << 31) ^ int(words[1]))
 
 
@@ -237,6 +248,14 @@ class CarmaTrainer(CarmaMixin, Trainer):
         default = self.data_collator is default_data_collator or type(self.data_collator) is DataCollatorWithPadding
         if default and isinstance(self.processing_class, PreTrainedTokenizerBase):
             self.data_collator = partial(_collate, self.data_collator, self.processing_class)
+
+
+def checkpointing(*, use_reentrant: bool = False) -> dict:
+    """The training arguments that compute hidden states twice instead of keeping them, as the installed version of
+    transformers spells them: `activation_checkpointing` from 5.24 on, `gradient_checkpointing` before."""
+    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": use_reentrant}}
 
 
 def __getattr__(name: str):

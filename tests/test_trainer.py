@@ -1,5 +1,7 @@
 """CarmaTrainer: plain Trainer at λ = 0, the stated loss otherwise, in every way people train."""
 
+import copy
+import gc
 import os
 import subprocess
 import sys
@@ -12,12 +14,13 @@ import torch.nn.functional as F
 from datasets import Dataset
 from tiny import FAMILIES, TEXTS, byte_level_tokenizer, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
-from transformers import Trainer, TrainingArguments
+from torch.overrides import TorchFunctionMode
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from carma_lib.collate import Collator, encode, encode_text
 from carma_lib.losses import CarmaConfig, CarmaLoss
 from carma_lib.blocks import KeptStates, decoder_blocks
-from carma_lib.trainer import CarmaTrainer
+from carma_lib.trainer import CarmaMixin, CarmaTrainer, checkpointing
 
 CARMA = CarmaConfig(
     carma_weight=0.4,
@@ -288,7 +291,7 @@ def test_draws_of_negatives_depend_on_seed_step_and_micro_batch(tmp_path):
             processing_class=TOKENIZER,
         )
         for trainer.state.global_step in (0, 0, 1, 1):
-            yield trainer._seeded_generator().initial_seed()
+            yield trainer._carma_seeded_generator().initial_seed()
 
     first, again, other = [list(draws(seed)) for seed in (7, 7, 8)]
     assert first == again and len({*first, *other}) == 8
@@ -306,8 +309,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, family, use_reentrant)
         tmp_path,
         rows,
         tiny_model(family),
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+        **checkpointing(use_reentrant=use_reentrant),
     )
     assert losses(saving) == pytest.approx(losses(plain), rel=1e-6)
     torch.testing.assert_close(weights(saving), weights(plain), rtol=1e-4, atol=1e-5)
@@ -354,12 +356,12 @@ def adapters():
 
 
 @pytest.mark.parametrize("adapter", adapters(), ids=lambda adapter: type(adapter).__name__)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_adapters(tmp_path, adapter, checkpointing):
+@pytest.mark.parametrize("saving", [False, True])
+def test_adapters(tmp_path, adapter, saving):
     from peft import get_peft_model
 
     prefix = type(adapter).__name__ == "PrefixTuningConfig"
-    if prefix and checkpointing:
+    if prefix and saving:
         pytest.skip("peft: prefix tuning does not work with gradient checkpointing")
     model = get_peft_model(tiny_model("llama"), adapter)
     before = {name: value.clone() for name, value in model.named_parameters()}
@@ -368,9 +370,9 @@ def test_adapters(tmp_path, adapter, checkpointing):
         single_target_rows(),
         model,
         eval_dataset=single_target_rows(),
-        gradient_checkpointing=checkpointing,
         carma=replace(CARMA, carma_weight=1),
         max_steps=3,
+        **(checkpointing() if saving else {}),
     )
     changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
     assert changed and all(model.get_parameter(name).requires_grad for name in changed)
@@ -438,6 +440,205 @@ def test_logits_only_where_they_are_read(tmp_path):
     model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
     trained(tmp_path, single_target_rows(), model, eval_dataset=single_target_rows()).evaluate()
     assert set(shapes) == {1}
+
+
+# in the place of any trainer: arguments, models, metrics
+
+
+def labelled(rows):
+    """Rows that a plain `Trainer` can stack: of one length, without words."""
+    return [{"input_ids": list(row), "labels": list(row)} for row in rows]
+
+
+ROWS = labelled([[5 + row, 16, 17, 18, 19, 20] for row in range(8)])
+OWN = [{**row, "constituent_ids": [0, 0, 1, 1, 2, 2]} for row in ROWS]
+BOTH = [CARMA, PLAIN]
+
+
+@pytest.mark.parametrize("carma", BOTH, ids=["carma", "plain"])
+def test_every_argument_of_trainer_passes_through(tmp_path, carma):
+    def loss_func(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / (
+            num_items_in_batch)
+
+    seen = []
+    trainer = CarmaTrainer(
+        None, arguments(tmp_path, max_steps=2), None, OWN, OWN[:4], None, lambda: tiny_model("gpt2"), loss_func,
+        lambda prediction: {"shape": seen.append(prediction.predictions.shape) or 1.0}, None, (None, None),
+        (torch.optim.SGD, {"lr": 0.25}), lambda logits, labels: logits.argmax(-1), carma=carma)
+    trainer.train()
+    assert trainer.evaluate()["eval_shape"] == 1.0 and seen == [(4, 6)]
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
+    base = Trainer(
+        None, arguments(tmp_path, max_steps=2), None, ROWS, None, None, lambda: tiny_model("gpt2"), loss_func,
+        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.25}))
+    base.train()
+    assert torch.equal(weights(trainer), weights(base)) == (carma is PLAIN)
+
+
+def test_nothing_said_is_carma_on_the_first_blocks(tmp_path):
+    trainer = CarmaTrainer(tiny_model("gpt2", layers=6), arguments(tmp_path), train_dataset=OWN)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["mutual_information"] > 0 and logged["stability"] > 0
+    assert trainer.carma == CarmaConfig() and trainer._carma_terms.config.layers == (0, 1, 2)
+
+
+def test_neither_arguments_nor_a_model_are_needed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(CarmaTrainer(tiny_model("gpt2"), train_dataset=OWN).args, TrainingArguments)
+    with pytest.raises(RuntimeError, match="`model` or `model_init`"):
+        CarmaTrainer(train_dataset=OWN)
+
+
+@pytest.mark.parametrize("carma", BOTH, ids=["carma", "plain"])
+def test_the_callers_arguments_stay_as_they_were(tmp_path, carma):
+    given = arguments(tmp_path)
+    before = given.to_dict()
+    trainer = CarmaTrainer(tiny_model("gpt2"), given, carma=carma, train_dataset=Dataset.from_list(OWN))
+    trainer.train()
+    assert given.to_dict() == before and trainer.args is given and given.remove_unused_columns
+    assert trainer.state.log_history[0].get("mutual_information", 0) >= 0
+
+
+def test_a_new_model_for_each_training(tmp_path):
+    """`model_init` makes one when training starts; hooks follow, also to a model that was put in by hand."""
+    trainer = CarmaTrainer(args=arguments(tmp_path), model_init=lambda: tiny_model("gpt2"), carma=CARMA,
+                           train_dataset=OWN)
+    first = trainer.model
+    trainer.train()
+    once = losses(trainer)
+    assert trainer.model is not first
+    trainer.state.log_history.clear()
+    trainer.train()
+    assert losses(trainer) == once
+    trainer = CarmaTrainer(tiny_model("gpt2", seed=3), arguments(tmp_path), carma=CARMA, train_dataset=OWN)
+    trainer.model = trainer.model_wrapped = tiny_model("gpt2")
+    trainer.train()
+    assert losses(trainer) == once
+
+
+@pytest.mark.parametrize("carma", BOTH, ids=["carma", "plain"])
+def test_predict_without_metrics_gives_what_trainer_gives(tmp_path, carma):
+    bare = [{"input_ids": row["input_ids"]} for row in ROWS]
+    for rows, own in ((ROWS, OWN), (bare, bare)):
+        base = Trainer(tiny_model("gpt2"), arguments(tmp_path)).predict(rows)
+        ours = CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=carma).predict(own)
+        assert (base.predictions == ours.predictions).all()
+        assert base.label_ids is None and ours.label_ids is None or (base.label_ids == ours.label_ids).all()
+        assert set(base.metrics) == set(ours.metrics)
+
+
+def test_metrics_batch_by_batch(tmp_path):
+    calls = []
+
+    def metrics(prediction, compute_result=False):
+        calls.append((len(prediction.label_ids), compute_result))
+        return {"batches": len(calls)} if compute_result else {}
+
+    settings = arguments(tmp_path, batch_eval_metrics=True, per_device_eval_batch_size=2)
+    trainer = CarmaTrainer(tiny_model("gpt2"), settings, carma=CARMA, compute_metrics=metrics)
+    assert trainer.evaluate(OWN)["eval_batches"] == 4 and [last for _, last in calls] == [False, False, False, True]
+    trainer = CarmaTrainer(tiny_model("gpt2"), settings, carma=CARMA, processing_class=TOKENIZER)
+    assert {"eval_accuracy", "eval_task_loss"} <= set(trainer.evaluate(single_target_rows(5)))
+
+
+class TwoPasses(Trainer):
+    """Runs the model again for what it returns besides the loss, with or without gradients, before or after."""
+
+    extra = ("after", False)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        when, gradients = self.extra
+        other = {**inputs, "input_ids": inputs["input_ids"].flip(0)}
+        with torch.set_grad_enabled(gradients):
+            if when == "before":
+                model(**other)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.set_grad_enabled(gradients):
+            if when == "after":
+                model(**other)
+        return (loss, outputs) if return_outputs else loss
+
+
+class CarmaTwoPasses(CarmaMixin, TwoPasses):
+    pass
+
+
+@pytest.mark.parametrize("extra", [("after", False), ("before", False), ("after", True), ("before", True)], ids=str)
+def test_states_are_those_of_the_pass_whose_loss_is_used(tmp_path, extra, monkeypatch):
+    monkeypatch.setattr(TwoPasses, "extra", extra)
+    trainers = [kind(tiny_model("llama"), arguments(tmp_path), carma=CARMA, train_dataset=OWN)
+                for kind in (CarmaTrainer, CarmaTwoPasses)]
+    for trainer in trainers:
+        trainer.train()
+    assert losses(trainers[0]) == losses(trainers[1]) and torch.equal(weights(trainers[0]), weights(trainers[1]))
+
+
+def hooks_on(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_no_hook_is_left_on_the_model(tmp_path):
+    model = tiny_model("gpt2")
+    trainer = CarmaTrainer(model, arguments(tmp_path), carma=CARMA, train_dataset=OWN)
+    assert hooks_on(model) == 0
+    trainer.train()
+    assert hooks_on(model) == 0
+    model.train()
+    trainer.compute_loss(model, Collator(TOKENIZER)(OWN[:2]))
+    assert hooks_on(model) == 3
+    copy.deepcopy(model)
+    del trainer
+    gc.collect()
+    assert hooks_on(model) == 0
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            raise RuntimeError("stopped")
+
+    trainer = CarmaTrainer(model, arguments(tmp_path), carma=CARMA, train_dataset=OWN, callbacks=[Stops()])
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer.train()
+    assert hooks_on(model) == 0
+
+
+class Transfers(TorchFunctionMode):
+    """Counts what brings a value from the device to the host."""
+
+    NAMES = {"tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"}
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += getattr(function, "__name__", "") in self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make_rows", [single_target_rows, language_model_rows])
+def test_a_step_reads_from_the_device_once_and_never_at_weight_zero(tmp_path, make_rows):
+    batch, counts = batch_of(make_rows(4)), []
+    for carma in (PLAIN, CARMA):
+        trainer = CarmaTrainer(tiny_model("llama"), arguments(tmp_path), carma=carma)
+        trainer.model.train()
+        with Transfers() as transfers:
+            trainer.compute_loss(trainer.model, dict(batch))
+        counts.append(transfers.count)
+    plain = {name: value for name, value in batch.items() if name not in ("constituent_ids", "target_ids")}
+    with Transfers() as transfers:
+        trainer.model(**plain)
+    assert counts == [transfers.count, transfers.count + 1]
+
+
+def test_half_precision_weights_are_warned_of_once(tmp_path, recwarn):
+    with pytest.warns(UserWarning, match=r"weights are torch.bfloat16.* load .* dtype=torch.float32") as told:
+        CarmaTrainer(tiny_model("llama").bfloat16(), arguments(tmp_path), train_dataset=OWN)
+    assert len([each for each in told if "weights are" in str(each.message)]) == 1
+    recwarn.clear()
+    CarmaTrainer(tiny_model("llama"), arguments(tmp_path), train_dataset=OWN)
+    frozen = tiny_model("llama").bfloat16().requires_grad_(False)
+    frozen.lm_head.weight = torch.nn.Parameter(frozen.lm_head.weight.float())
+    CarmaTrainer(frozen, arguments(tmp_path), carma=PLAIN, train_dataset=OWN)
+    assert not [each for each in recwarn if "weights are" in str(each.message)]
 
 
 # errors at the door
