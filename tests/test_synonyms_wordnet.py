@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from carma_lib.synonyms import wordnet as lexicon
+from carma_lib.synonyms import reader
 from carma_lib.synonyms.wordnet import (
     AGREEMENT, FUNCTION_WORDS, RARITY, definition_of, definition_pairs, in_its_own_definition, inflect, is_coarse,
     lemmas_of, sense_counts, sense_shares,
@@ -29,16 +29,16 @@ def test_reader_knows_lexicographer_files():
     for key in sense_counts():  # lemma%part:file:..., with satellites as a part of their own
         part, file = key.split("%")[1].split(":")[:2]
         kind = ["noun", "verb", "adj", "adv", "adj"][int(part) - 1]
-        assert lexicon.LEXICOGRAPHER_FILES[int(file)].split(".")[0] == kind, key
+        assert reader.LEXICOGRAPHER_FILES[int(file)].split(".")[0] == kind, key
 
 
 def test_nltks_own_data_come_first(tmp_path):
-    if not lexicon.DEBIAN_FOLDER.is_dir():
+    if not reader.DEBIAN_FOLDER.is_dir():
         pytest.skip("WordNet is here by another way than Debian's packages, so there is nothing to copy")
     corpus = tmp_path / "corpora" / "wordnet"
-    shutil.copytree(lexicon.DEBIAN_FOLDER, corpus, ignore=shutil.ignore_patterns("bin", "pixmaps", "wnres"))
+    shutil.copytree(reader.DEBIAN_FOLDER, corpus, ignore=shutil.ignore_patterns("bin", "pixmaps", "wnres"))
     (corpus / "lexnames").write_text("".join(
-        f"{number:02d}\t{name}\t1\n" for number, name in enumerate(lexicon.LEXICOGRAPHER_FILES)))
+        f"{number:02d}\t{name}\t1\n" for number, name in enumerate(reader.LEXICOGRAPHER_FILES)))
     code = ("import nltk; nltk.data.path[:] = [r'%s']\n"
             "from carma_lib.synonyms.wordnet import wordnet\n"
             "print(type(wordnet()).__name__, wordnet().synset('dog.n.01').lexname())" % tmp_path)
@@ -48,7 +48,7 @@ def test_nltks_own_data_come_first(tmp_path):
 def test_without_wordnet_one_line_names_three_ways():
     code = ("import nltk; nltk.data.path.clear(); nltk.download = lambda *names, **options: False\n"
             "from pathlib import Path\n"
-            "import carma_lib.synonyms.wordnet as lexicon\n"
+            "import carma_lib.synonyms.reader as lexicon\n"
             "lexicon.DEBIAN_FOLDER = Path('nowhere')\n"
             "try: lexicon.wordnet()\n"
             "except lexicon.WordNetNotFound as error: print(error)")

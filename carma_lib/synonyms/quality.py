@@ -9,7 +9,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Mapping, Sequence
 
 from carma_lib.synonyms.wordnet import part_of_speech_of, synonym_forms, wordnet
-from carma_lib.synonyms.replacement import ARTICLES, Replacement, Source, replace_all, shift_spans
+from carma_lib.synonyms.articles import ARTICLES
+from carma_lib.synonyms.replacement import Replacement, Source, replace_all, shift_spans
 from carma_lib.synonyms.tagging import is_content, tagged_words
 
 if TYPE_CHECKING:

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterable, Mapping, NamedTuple, Sequence
 
-from carma_lib.files import fingerprint, whole_file
+from carma_lib.files import fingerprint
+from carma_lib.synonyms import ranking
 from carma_lib.synonyms.wordnet import lemmas_of, sense_counts, synonym_forms, wordnet
+from carma_lib.synonyms.articles import ARTICLES, article_before, indefinite_article
+from carma_lib.synonyms.cache import read_rows, write_rows
 from carma_lib.synonyms.tagging import TOKEN, Word, entry_of, fixed_words, is_content, tagged_words
 
 if TYPE_CHECKING:
@@ -24,23 +28,14 @@ if TYPE_CHECKING:
 
 RULES = 3  # part of every cache key: raise it with any change of what is replaced by what
 
+NOISE = 0.5  # how far a seed may move the log-odds of ranked candidates
+LEAST = 0.0  # log-odds below which a ranked candidate is never used
+
 Source = str | Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
-"""Where candidates come from: "wordnet", a dict lower-case form → forms, or a function (form, Penn tag) → forms."""
+"""Where candidates come from: "wordnet" (gated, without context), "ranked" (WordNet's, chosen in context by a language
+model), a dict lower-case form → forms, or a function (form, Penn tag) → forms."""
 
 Score = Callable[[list[str]], Sequence[float]]
-
-ARTICLES = frozenset(["a", "an"])
-OPENING = frozenset("\"'`‘“‚„«‹([{*_")  # may stand between an article and its word
-LETTER_A = frozenset("vitamin hepatitis influenza appendix".split())  # "vitamin a" holds a letter, no article
-# A written vowel or a silent h, unless the word begins with the sound of "you" or "w" (unique, European, one)
-VOWEL_SOUND = re.compile(
-    r"(?!uni(?:[acfgopqtvx]|d(?:im|ir)|l(?!l)|mod|no|nuc|s(?!s)|$)|unanim|unesco|u[bstv][aeiou]|ur[aeiou]|u[gk]a|uk|eu|ewe"
-    r"|one(?![ri])|once|oui)[aeiou]|hon(?:est|or|our)|hour(?!i)|heir|y[^\W\daeiouy]", re.IGNORECASE)
-# Read letter by letter: one letter (x-ray), capitals of two or three or that make no syllable (MRI, HTML), no vowel
-SPELLED = re.compile(r"[A-Za-z](?![^\W_])|[A-Z]{2,3}s?(?![^\W_])|(?:[B-DF-HJ-NP-TV-XZ]{2}|[A-Z]{0,2}\d)[A-Z\d]*s?(?![^\W_])"
-                     r"|[b-df-hj-np-tv-xz\d]+(?![^\W_])")
-NUMBER_AN = re.compile(r"8|1[18](?:\d\d|\d{3})?(?!\d)")  # eight, eleven, eighteen, and their hundreds and thousands
-
 
 class Change(NamedTuple):
     """Characters [start, end) of the original text, what stood there and what stands there now."""
@@ -98,22 +93,29 @@ def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int]
     content = [i for i in inside if is_content(words[i]) or _listed(words[i], source)]
     requested = int(rate * len(content) + 0.5)
 
-    fixed = frozenset() if isinstance(source, Mapping) else fixed_words(words)
-    replacements = {}
+    ranked = source.of(text) if isinstance(source, _Ranking) else None
+    fixed = frozenset() if isinstance(source, Mapping) or ranked is not None else fixed_words(words)
+    replacements, orders = {}, {}
     for i in content:
-        article = _article_before(text, words, i)
-        candidates = [] if i in fixed else _candidates(words[i], source, refused)
+        article = article_before(text, words, i)
+        scores = {form: score + NOISE * _noise(seed, item, [words[i].form.lower(), form])
+                  for form, score in (ranked or {}).get(i, ()) if score >= LEAST}
+        candidates = [] if i in fixed else _candidates(words[i], scores if ranked is not None else source, refused)
         if article and article.start < span[0]:  # it cannot be put right
-            candidates = [form for form in candidates if _indefinite_article(form) == article.form.lower()]
-        if candidates:
+            candidates = [form for form in candidates if indefinite_article(form) == article.form.lower()]
+        if candidates and ranked is not None:
+            replacements[i] = max(candidates, key=scores.__getitem__)
+            orders[i] = -scores[replacements[i]]
+        elif candidates:
             replacements[i] = candidates[_draw(seed, item, words[i].form.lower()) % len(candidates)]
-    chosen = sorted(replacements, key=lambda i: _draw(seed, item, words[i].start))[:requested]
+            orders[i] = _draw(seed, item, words[i].start)
+    chosen = sorted(replacements, key=lambda i: (orders[i], i))[:requested]
 
     changes = []
     for i in sorted(chosen):
-        article, after = _article_before(text, words, i), replacements[i]
-        if article and article.form.lower() != _indefinite_article(after):
-            changes.append(_change(article, _indefinite_article(after)))
+        article, after = article_before(text, words, i), replacements[i]
+        if article and article.form.lower() != indefinite_article(after):
+            changes.append(_change(article, indefinite_article(after)))
         changes.append(_change(words[i], after))
     return Replacement(_apply(text, changes), changes, requested)
 
@@ -143,15 +145,18 @@ def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Seque
         raise ValueError("texts, item_ids, spans and forbidden must be of one length, got "
                          + ", ".join(str(len(column)) for column in columns))
     path = Path(cache_dir) / f"{_cache_key(columns, rate, seed, source)}.parquet" if cache_dir else None
-    cached = _read_cache(path) if path else None
-    if cached is not None:
-        return cached
+    if path and (cached := read_rows(path)) is not None:
+        return [Replacement(row["text"], (Change(**change) for change in row["changes"]), row["requested"])
+                for row in cached]
+    if isinstance(source, _Ranking):
+        source.known.update(ranking.ranked_candidates(texts, cache_dir=cache_dir))
     replacements = [
         replace_synonyms(text, rate=rate, seed=seed, span=span, item_id=item, forbidden=words or (),
                          source=source)
         for text, item, span, words in tqdm(zip(*columns), total=len(texts), desc="replacing", delay=2)]
     if path:
-        _write_cache(path, replacements)
+        write_rows(path, [{"text": done.text, "changes": [change._asdict() for change in done.changes],
+                           "requested": done.requested} for done in replacements])
     return replacements
 
 
@@ -228,6 +233,8 @@ def shift_spans(spans: Sequence[tuple[int, int]], changes: Sequence[Change]) -> 
 def _cache_key(columns: Sequence[Sequence], rate: float, seed: int, source: Source) -> str:
     if isinstance(source, Mapping):
         content = {form: list(source[form]) for form in sorted(source)}
+    elif isinstance(source, _Ranking):
+        content = [wordnet().get_version(), ranking.SCORER, ranking.RULES, NOISE, LEAST]
     elif source is synonym_forms or getattr(source, "func", None) is synonym_forms:
         content = [wordnet().get_version(), len(sense_counts()), getattr(source, "keywords", {})]
     else:
@@ -238,47 +245,31 @@ def _cache_key(columns: Sequence[Sequence], rate: float, seed: int, source: Sour
                        texts, list(map(str, item_ids)), spans, words)
 
 
-def _read_cache(path: Path) -> list[Replacement] | None:
-    """The replacements of a whole file; None if it is absent, cut short or changed."""
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-        rows = table.to_pylist()
-        if table.schema.metadata[b"fingerprint"].decode() != fingerprint(rows):
-            return None
-        return [Replacement(row["text"], (Change(**change) for change in row["changes"]), row["requested"])
-                for row in rows]
-    except Exception:  # damage shows in many ways, and all are mended by making the file again
-        return None
-
-
-def _write_cache(path: Path, replacements: Sequence[Replacement]) -> None:
-    import pyarrow.parquet
-
-    rows = [{"text": done.text, "changes": [change._asdict() for change in done.changes], "requested": done.requested}
-            for done in replacements]
-    change = pyarrow.struct([("start", pyarrow.int64()), ("end", pyarrow.int64()), ("before", pyarrow.string()),
-                             ("after", pyarrow.string())])
-    schema = pyarrow.schema([("text", pyarrow.string()), ("changes", pyarrow.list_(change)),
-                             ("requested", pyarrow.int64())], metadata={"fingerprint": fingerprint(rows)})
-    with whole_file(path) as temporary:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), temporary)
-
-
 class _Dictionary(dict):
     """Somebody's own synonyms, checked."""
 
 
+class _Ranking:
+    """Candidates of texts, ranked in context; texts that were not ranked together are ranked one by one."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, ranking.Ranked] = {}
+
+    def of(self, text: str) -> ranking.Ranked:
+        if text not in self.known:
+            self.known[text] = ranking.rank(text)
+        return self.known[text]
+
+
 def _checked(source: Source) -> Source:
-    if isinstance(source, _Dictionary) or callable(source):
+    if isinstance(source, (_Dictionary, _Ranking)) or callable(source):
         return source
     if isinstance(source, str):
-        if source != "wordnet":
-            raise ValueError(f"unknown source of synonyms '{source}'; give 'wordnet', a dict or a function")
-        return synonym_forms
+        if source not in ("wordnet", "ranked"):
+            raise ValueError(f"unknown source of synonyms '{source}'; give 'wordnet', 'ranked', a dict or a function")
+        return synonym_forms if source == "wordnet" else _Ranking()
     if not isinstance(source, Mapping):
-        raise TypeError(f"source must be 'wordnet', a dict or a function, got {type(source).__name__}")
+        raise TypeError(f"source must be 'wordnet', 'ranked', a dict or a function, got {type(source).__name__}")
     found = _Dictionary()
     for form, others in source.items():
         example = "write {'big': ['large', 'huge']}"
@@ -313,13 +304,19 @@ def _draw(seed: int, item: str, what: object) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
 
 
+def _noise(seed: int, item: str, what: object) -> float:
+    """Standard Gumbel noise from a hash."""
+    return -math.log(-math.log((_draw(seed, item, what) + 0.5) / 2**64))
+
+
 def _listed(word: Word, source: Source) -> bool:
     return isinstance(source, Mapping) and entry_of(word.form) in source and not word.tag.startswith("NNP")
 
 
 def _candidates(word: Word, source: Source, refused: frozenset[str]) -> list[str]:
     form = entry_of(word.form)
-    found = source.get(form, ()) if isinstance(source, Mapping) else source(form, word.tag)
+    found = source if isinstance(source, dict) and not isinstance(source, _Dictionary) else (
+        source.get(form, ()) if isinstance(source, Mapping) else source(form, word.tag))
     if isinstance(found, str):
         raise TypeError(f"the source gave the text {found!r} for {form!r}; it must give a list of words: [{found!r}]")
     return [other for other in found if other.lower() != form and not (refused and refused & _families([other]))]
@@ -329,30 +326,6 @@ def _families(words: Iterable[str]) -> frozenset[str]:
     """The words, in lower case and split at spaces and hyphens, and every lemma they may be a form of."""
     parts = [part for word in words for part in re.split(r"[\W_]+", word.lower()) if part]
     return frozenset(parts).union(*(lemmas_of(part, letter) for part in parts for letter in "nvar"))
-
-
-def _article_before(text: str, words: Sequence[Word], i: int) -> Word | None:
-    """The a or an of word i, before it or before the quotation marks and brackets that open at it."""
-    place = i - 1
-    while place >= 0 and words[place].form in OPENING:
-        place -= 1
-    if place < 0 or words[place].form.lower() not in ARTICLES:
-        return None
-    article, before = words[place], words[place - 1].form if place else ""
-    between = text[article.end:words[i].start]
-    if not any(map(str.isspace, between)) or any(not mark.isspace() and mark not in OPENING for mark in between):
-        return None
-    letter = (article.form == "A" and before[-1:].isalnum()) or before.lower() in LETTER_A  # Plan A, vitamin A
-    return None if letter else article
-
-
-def _indefinite_article(word: str) -> str:
-    word = word.lstrip("".join(OPENING))
-    if word[:1].isdigit():
-        return "an" if NUMBER_AN.match(word) else "a"
-    if SPELLED.match(word):
-        return "an" if word[0].lower() in "aefhilmnorsx" else "a"
-    return "an" if VOWEL_SOUND.match(word) else "a"
 
 
 def _change(word: Word, after: str) -> Change:

@@ -131,7 +131,7 @@ def _held(before: Word, word: Word, after: Word) -> bool:
 def _bare(words: Sequence[Word], place: int) -> bool:
     """Whether a singular noun follows other words without an article, possessive or number: "more from exercise"."""
     first = place - 1
-    while first >= 0 and words[first].tag[:2] in ("JJ", "NN", "RB") or first >= 0 and words[first].tag in ("VBN", "VBG"):
+    while first >= 0 and (words[first].tag[:2] in ("JJ", "NN", "RB") or words[first].tag in ("VBN", "VBG")):
         first -= 1
     return first >= 0 and words[first].form[0].isalnum() and words[first].tag not in ("DT", "PRP$", "POS", "CD", "PDT")
 
