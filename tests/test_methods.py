@@ -160,3 +160,15 @@ def test_r_drop_says_what_it_cannot_do(rows, tmp_path):
     with pytest.raises(TypeError, match="has no dropout, which R-Drop needs"):
         RDropTrainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"), strength=1.0,
                      train_dataset=rows, data_collator=Collator(TOKENIZER))
+
+
+@pytest.mark.parametrize("method", ["r_drop", "l2_sp", "label_smoothing"])
+@pytest.mark.parametrize("labels", [False, True])
+def test_the_logged_task_loss_holds_no_penalty(rows, tmp_path, method, labels):
+    if labels:
+        rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
+    made = trainer(tmp_path, rows, method, strength=0.5, max_steps=3, gradient_accumulation_steps=2)
+    made.train()
+    for entry in made.state.log_history[:3]:
+        assert entry["loss"] == pytest.approx(entry["task_loss"] + entry["penalty"], rel=1e-4)
+    assert made.state.log_history[2]["penalty"] > 0

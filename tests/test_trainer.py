@@ -660,6 +660,35 @@ def test_models_that_cannot_be_trained(tmp_path):
         CarmaTrainer(model, arguments(tmp_path), carma=CARMA, processing_class=TOKENIZER)
 
 
+@pytest.mark.parametrize("family, sizes, reason", [
+    ("opt", dict(ffn_dim=64, word_embed_proj_dim=32, layerdrop=0.3), "passes over whole blocks at random"),
+    ("gemma3n_text", dict(head_dim=8, intermediate_size=64, hidden_size_per_layer_input=8, num_key_value_heads=2,
+                          vocab_size_per_layer_input=100, num_kv_shared_layers=0, laurel_rank=4), "not one stream"),
+    ("xlnet", dict(d_inner=64, d_head=8), "not one stream")])
+def test_streams_that_cannot_be_read_are_refused_at_the_door(tmp_path, family, sizes, reason):
+    config = AutoConfig.for_model(family, vocab_size=100, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+                                  pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(TypeError, match=reason) as error:
+        CarmaTrainer(model, arguments(tmp_path), train_dataset=OWN)
+    assert "\n" not in str(error.value)
+    CarmaTrainer(model, arguments(tmp_path), carma=PLAIN, train_dataset=OWN)
+
+
+@pytest.mark.parametrize("family, sizes", [
+    ("openai-gpt", {}), ("mamba", dict(state_size=8)), ("opt", dict(ffn_dim=64, word_embed_proj_dim=32)),
+    ("bloom", {}), ("gpt_neox", dict(intermediate_size=64)), ("rwkv", {}), ("olmo2", dict(intermediate_size=64)),
+    ("granite", dict(intermediate_size=64)), ("falcon_mamba", dict(state_size=8)), ("phi", dict(intermediate_size=64))])
+def test_families_of_many_kinds_train(tmp_path, family, sizes):
+    """Blocks that return lists, state spaces, other names: the terms are finite and above zero."""
+    config = AutoConfig.for_model(family, vocab_size=100, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+                                  pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
+    trainer = CarmaTrainer(AutoModelForCausalLM.from_config(config), arguments(tmp_path), train_dataset=OWN)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert 0 < logged["mutual_information"] < 100 and 0 < logged["stability"] < 100
+
+
 def test_layers_that_do_not_exist(tmp_path):
     with pytest.raises(ValueError, match="the config reads block 7, the model has blocks 0 to 2"):
         CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=CarmaConfig(mi_layers=(0, 7)))
