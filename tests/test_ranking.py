@@ -79,7 +79,8 @@ def naive_score(scorer, text, place, candidate):
     (gain, tail, echo), (gain_before, tail_before, echo_before) = parts(candidate.form), parts(word.form.lower())
     cosines = [float(one @ two) for one, two in zip(tail, tail_before)]
     features = [max(-8, min(6, gain - gain_before)), max(-14, meant), sum(cosines) / len(cosines), cosines[-1],
-                float(echo @ echo_before), candidate.beside, candidate.frequency, word.tag[0] == "J"]
+                float(echo @ echo_before), candidate.beside, candidate.frequency, word.tag[0] == "J",
+                candidate.agreement]
     return ranking.BIAS + sum(weight * float(value) for weight, value in zip(ranking.WEIGHTS, features))
 
 

@@ -5,10 +5,11 @@ hypernyms). One forward pass scores all candidates of a text: the text is the tr
 with the words after it is a branch, and a token sees only its ancestors. The score of a candidate is a log-odds
 
     w · (log-likelihood against the word's, log-likelihood after text + ' "word" means "', cosines of the states of the
-         next tokens, of the last of them, and of both words after the text, beside, relative frequency, adjective) + b
+         next tokens, of the last of them, and of both words after the text, beside, relative frequency, adjective,
+         agreement) + b
 
 with weights of a logistic regression on 230 substitutions in SST's validation sentences and WordNet's definitions that
-a language model had read and called good or bad. The margin between senses that both words share and others, as cosines
+a language model had read and called good or bad; the weight of the agreement was set on 165 more. The margin between senses that both words share and others, as cosines
 of states with glosses, told nothing there (area under the curve 0.49) and is left out. Own method.
 """
 from __future__ import annotations
@@ -28,21 +29,23 @@ from carma_lib.synonyms.wordnet import (
     sense_shares, tagged_uses, usual_part_of_speech, wordnet)
 
 SCORER = "smollm2-135m"  # dequantised 4-bit weights, see `carma_lib.pretrained`
-RULES = 1  # part of every cache key: raise it with any change of candidates or scores
+RULES = 2  # part of every cache key: raise it with any change of candidates or scores
 TAIL = 5  # tokens after a candidate that are compared
 MOST = 5  # candidates of a word that are scored
 BLOCK = 100  # texts a cache file
-WEIGHTS = (0.185, 0.197, 11.112, 16.532, 2.702, -0.847, -0.168, 0.953)
+WEIGHTS = (0.185, 0.197, 11.112, 16.532, 2.702, -0.847, -0.168, 0.953, 2.5)
 BIAS = -27.318
 
 Ranked = dict[int, list[tuple[str, float]]]  # place of a word in `tagged_words` → candidates and scores, best first
 
 
 class Candidate(NamedTuple):
-    """A form, whether its sense only lies beside the word's, and log of its tagged uses over the word's."""
+    """A form, whether its sense only lies beside the word's, log of its tagged uses over the word's, and the agreement
+    of both words on the shared senses (product of their shares, see `wordnet.synonyms`; 0 beside)."""
     form: str
     beside: bool
     frequency: float
+    agreement: float
 
 
 @remembered
@@ -64,10 +67,12 @@ def candidates(form: str, tag: str) -> tuple[Candidate, ...]:
             if not written or written == form or is_coarse(written) or (own_uses and not uses):
                 continue
             share = sum(sense_shares(name, letter)[theirs] for theirs in {theirs for _, theirs in pairs})
-            worth = ((sum(own[mine] for mine, _ in pairs) + 0.02) * math.sqrt(share + 0.02) * math.log(2 + uses)
+            own_share = sum(own[mine] for mine in {mine for mine, _ in pairs})
+            worth = ((own_share + 0.02) * math.sqrt(share + 0.02) * math.log(2 + uses)
                      * (0.4 if beside else 1))
             if worth > found.get(written, (0,))[0]:
-                found[written] = worth, Candidate(written, beside, math.log((uses + 1) / (own_uses + 1)))
+                found[written] = worth, Candidate(written, beside, math.log((uses + 1) / (own_uses + 1)),
+                                                   0.0 if beside else own_share * share)
     return tuple(found[each][1] for each in sorted(found, key=lambda each: (-found[each][0], each))[:MOST])
 
 
@@ -218,5 +223,5 @@ class Scorer:
         gain = float(likely[list(own)].sum() - likely[list(own_before)].sum())
         features = (max(-8.0, min(6.0, gain)), max(-14.0, float(likely[list(meant)].sum())),
                     sum(cosines) / len(cosines), cosines[-1], float(states[echo[-1]] @ states[echo_before[-1]]),
-                    float(candidate.beside), candidate.frequency, float(word.tag[0] == "J"))
+                    float(candidate.beside), candidate.frequency, float(word.tag[0] == "J"), candidate.agreement)
         return BIAS + sum(weight * value for weight, value in zip(WEIGHTS, features))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 RULES = 3  # part of every cache key: raise it with any change of what is replaced by what
 
 NOISE = 0.5  # how far a seed may move the log-odds of ranked candidates
-LEAST = 0.0  # log-odds below which a ranked candidate is never used
+LEAST = 0.75  # log-odds below which a ranked candidate is never used
 
 Source = str | Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
 """Where candidates come from: "wordnet" (gated, without context), "ranked" (WordNet's, chosen in context by a language
