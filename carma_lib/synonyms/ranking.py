@@ -9,8 +9,13 @@ with the words after it is a branch, and a token sees only its ancestors. The sc
          agreement) + b
 
 with weights of a logistic regression on 230 substitutions in SST's validation sentences and WordNet's definitions that
-a language model had read and called good or bad; the weight of the agreement was set on 165 more. The margin between senses that both words share and others, as cosines
-of states with glosses, told nothing there (area under the curve 0.49) and is left out. Own method.
+a language model had read and called good or bad; the weight of the agreement was set on 165 more. The margin between
+senses that both words share and others, as cosines of states with glosses, told nothing there (area under the curve
+0.49) and is left out. Own method.
+
+In 100 test sentences of SST and 100 definitions (seed 2, read blindly by a language model among the changes of other
+sources), 25 % made 79 % of the requested changes, and 38 of 200 read badly; 40 % made 65 %, about 22 % badly. Of the
+gate of `wordnet.synonyms`, 37 % were made at 25 %, 12 of 60 badly; of the first lemma of any sense, 21 of 40 read badly.
 """
 from __future__ import annotations
 
@@ -29,7 +34,7 @@ from carma_lib.synonyms.wordnet import (
     sense_shares, tagged_uses, usual_part_of_speech, wordnet)
 
 SCORER = "smollm2-135m"  # dequantised 4-bit weights, see `carma_lib.pretrained`
-RULES = 2  # part of every cache key: raise it with any change of candidates or scores
+RULES = 3  # part of every cache key: raise it with any change of candidates or scores
 TAIL = 5  # tokens after a candidate that are compared
 MOST = 5  # candidates of a word that are scored
 BLOCK = 100  # texts a cache file

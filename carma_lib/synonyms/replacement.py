@@ -26,7 +26,7 @@ from carma_lib.synonyms.tagging import TOKEN, Word, entry_of, fixed_words, is_co
 if TYPE_CHECKING:
     from datasets import Dataset
 
-RULES = 3  # part of every cache key: raise it with any change of what is replaced by what
+RULES = 4  # part of every cache key: raise it with any change of what is replaced by what
 
 NOISE = 0.5  # how far a seed may move the log-odds of ranked candidates
 LEAST = 0.75  # log-odds below which a ranked candidate is never used

@@ -47,7 +47,8 @@ COARSE_WORDS = frozenset(
     "pisser pissing poof poop poove prat prick puke puss pussy quadroon queer redneck redskin retard retarded savage "
     "schmuck screw screwed screwing shag shaft shit shite shitty shtup sissy slag slit slut snatch sod spastic spaz "
     "spic spick spik squaw streetwalker strumpet tart tit tits titty tosser tramp tranny trollop turd tush twat wank "
-    "wanker wee-wee welch welsh whore wimp wog wop wuss yid".split())
+    "wanker wee wee-wee welch welsh whore wimp wog wop wuss yid bosom "
+    "bust dame dumb gay gayly hick idiotic queerly".split())
 DATED_DOMAINS = frozenset("archaism dialect regionalism combining_form trade_name trademark".split())
 BASE_TAGS = ("NN", "VB", "VBP", "JJ", "RB")
 TAGS = {"n": ("NN", "NNS"), "v": ("VB", "VBP", "VBZ", "VBD", "VBN", "VBG"), "a": ("JJ", "JJR", "JJS"),
@@ -123,7 +124,7 @@ def _glosses() -> dict[tuple[str, int], str]:
 @remembered
 def is_coarse(word: str) -> bool:
     """Whether a word is a slur, obscene or slang in any sense, by WordNet's usage domains, its glosses or our list."""
-    names = {word.lower(), *(lemma for letter in "nv" for lemma in lemmas_of(word.lower(), letter))}
+    names = {word.lower(), *(lemma for letter in TAGS for lemma in lemmas_of(word.lower(), letter))}
     return bool(names & COARSE_WORDS) or any(
         COARSE_GLOSS.search(synset.definition()) or COARSE_DOMAINS & _domains(synset)
         or any(COARSE_DOMAINS & _domains(lemma) for lemma in synset.lemmas() if lemma.name().lower() in names)
