@@ -1,0 +1,195 @@
+"""Figures of single sentences and single trainings, and of what a training step costs, in the one `style`."""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from textwrap import fill
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from carma_lib.report.style import COLUMN, METHOD_COLOURS, PAGE, check_one, make_panels, name_lines, styled
+
+CELL = 0.125  # inches of a token in a map, so that its name in 7 pt fits
+ROLES = ("no part", "a negative that was not drawn", "a drawn negative: pushed away", "a positive: pulled together")
+_ROLE_COLOURS = ("#ffffff", "#dcdcdc", METHOD_COLOURS["fine_tuning"], METHOD_COLOURS["carma"])
+TEXTS = {"wordnet": "WordNet definitions", "sst": "SST sentences", "many_pieces": "definitions in small pieces"}
+PROTOCOL_LOOKS = {"sum": ("#0173b2", "o"), "mean": ("#de8f05", "s"), "max": ("#029e73", "^")}
+
+
+@styled
+def token_roles(tokens: Sequence[str], roles) -> Figure:
+    """Who meets whom in the mutual-information term: a row an anchor, a column the other token.
+
+    `roles`: (tokens, tokens) of 0 to 3, an index into `ROLES`.
+    """
+    figure, axes = plt.subplots(figsize=(COLUMN, CELL * len(tokens) + 1.5))
+    sns.heatmap(np.asarray(roles), ax=axes, cmap=ListedColormap(_ROLE_COLOURS), vmin=-0.5, vmax=3.5, linewidths=0.5,
+                linecolor="#c8c8c8", square=True, cbar=False)
+    _name_tokens(axes, tokens)
+    axes.set(xlabel="other token", ylabel="anchor")
+    figure.legend([Patch(facecolor=colour, edgecolor="#9a9a9a") for colour in _ROLE_COLOURS[1:]], ROLES[1:],
+                  loc="outside lower center")
+    return figure
+
+
+@styled
+def token_maps(maps: Mapping[str, object], tokens: Sequence[str], words: Sequence[int], *, label: str,
+               bound: float = 1.0) -> Figure:
+    """Values of all pairs of tokens, a panel a title of `maps`, on one scale from −bound to bound.
+
+    Black squares enclose the words of two or more tokens; `words` holds a number for each token, −1 for none.
+    """
+    figure, panels = plt.subplots(len(maps), 1, figsize=(COLUMN, (CELL * len(tokens) + 0.75) * len(maps)), squeeze=False)
+    for axes, (title, values) in zip(panels.flat, maps.items()):
+        sns.heatmap(np.asarray(values), ax=axes, cmap="vlag", vmin=-bound, vmax=bound, square=True,
+                    cbar_kws={"label": label, "shrink": 0.8})
+        for first, last in _runs(words):
+            axes.add_patch(Rectangle((first, first), last - first, last - first, fill=False, linewidth=1.2))
+        _name_tokens(axes, tokens)
+        axes.set_title(title)
+    return figure
+
+
+@styled
+def token_movement(movement, pull, tokens: Sequence[str]) -> Figure:
+    """Above: how far each token moves from a block to the next, (steps, tokens); below: `pull`, (blocks, tokens)."""
+    figure, panels = plt.subplots(2, 1, figsize=(PAGE, 3.6), sharex=True)
+    named = {"squared movement ÷ squared size": (movement, [f"{block} → {block + 1}" for block in range(len(movement))]),
+             "length of the gradient": (pull, [str(block) for block in range(len(pull))])}
+    for axes, (title, (values, names)) in zip(panels, named.items()):
+        sns.heatmap(np.asarray(values), ax=axes, cmap="Blues", vmin=0, yticklabels=names)
+        axes.set(title=title, ylabel="block")
+        axes.tick_params(axis="y", rotation=0, length=0)
+    _name_tokens(axes, tokens, rows=False)
+    return figure
+
+
+@styled
+def attention_maps(maps: Mapping[str, tuple[object, Sequence[str]]], *, most: float = 0.5) -> Figure:
+    """Attention weights with the names of their positions, a panel a title: a row reads, a column is read.
+
+    Names go beside the rows with their numbers; the columns have the numbers. Darker is more, up to `most`.
+    """
+    heights = [CELL * len(names) + 0.2 for _, names in maps.values()]
+    figure, panels = plt.subplots(len(maps), 1, figsize=(PAGE, sum(heights) + 0.65 * len(maps)), squeeze=False,
+                                  height_ratios=heights)
+    for axes, (title, (weights, names)) in zip(panels.flat, maps.items()):
+        sns.heatmap(np.asarray(weights), ax=axes, cmap="Blues", vmin=0, vmax=most, linewidths=0.3, linecolor="#eeeeee",
+                    cbar_kws={"label": "weight"}, yticklabels=[f"{name}  {place}" for place, name in enumerate(names, 1)])
+        step = 1 + len(names) // 15
+        axes.set_xticks(np.arange(0, len(names), step) + 0.5, range(1, len(names) + 1, step), rotation=0)
+        axes.tick_params(length=0, labelsize=7)
+        axes.set_title(title)
+    panels[-1, 0].set_xlabel("position that is read")
+    return figure
+
+
+@styled
+def losses_by_step(runs: Mapping[str, pd.DataFrame], again: Mapping[str, pd.DataFrame]) -> Figure:
+    """The task loss and both terms by training step: a line a run, and rings for runs made a second way.
+
+    `runs` and `again`: name → a table with the columns step, task_loss, mutual_information, stability.
+    """
+    titles = {"task_loss": "task loss", "mutual_information": "mutual information", "stability": "stability"}
+    figure, panels = make_panels(list(titles.values()), across=3, height=1.7, sharey=False)
+    colours = [METHOD_COLOURS["fine_tuning"], METHOD_COLOURS["carma"], "#029e73", "#555555"]
+    for axes, column in zip(panels, titles):
+        for colour, (name, table) in zip(colours, runs.items()):
+            axes.plot(table["step"], table[column], color=colour, linewidth=1.0, label=name)
+        for name, table in again.items():
+            some = table.iloc[::max(1, len(table) // 12)]
+            axes.plot(some["step"], some[column], "o", markerfacecolor="none", markeredgecolor="black", markersize=4.5,
+                      markeredgewidth=0.8, label=name)
+        axes.set_xlabel("training step")
+    name_lines(figure, panels, most=0)
+    return figure
+
+
+@styled
+def answer_by_start_layer(curves: pd.DataFrame, *, clean: float) -> Figure:
+    """Log-probability of the answer by the block where pooling starts: a panel a level, a line a protocol.
+
+    `curves`: columns level, start_layer, protocol, log_probability; `clean`: the same without pooling.
+    """
+    check_one(curves, [], "answer_by_start_layer")
+    levels = list(dict.fromkeys(curves["level"]))
+    figure, panels = make_panels([f"{level}s pooled" for level in levels], height=1.9)
+    for axes, level in zip(panels, levels):
+        axes.axhline(clean, color="#444444", linestyle="--", label="not pooled")
+        for protocol, rows in curves[curves["level"] == level].groupby("protocol", sort=False):
+            colour, marker = PROTOCOL_LOOKS[protocol]
+            axes.plot(rows["start_layer"], rows["log_probability"], marker=marker, markersize=4.5, color=colour, label=protocol)
+        axes.set(xlabel="pooled from this block on", xticks=sorted(curves["start_layer"].unique()))
+    panels[0].set_ylabel("log-probability\nof the right answer")
+    name_lines(figure, panels, most=0)
+    return figure
+
+
+def read_step_costs(folder: str | os.PathLike) -> pd.DataFrame:
+    """The measurements of `benchmarks/step.py` in a folder, one row a device, model, text, batch size and method.
+
+    Raises `FileNotFoundError` if the folder holds no `step_*.json`.
+    """
+    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("step_*.json"))}
+    if not found:
+        raise FileNotFoundError(f"no step_*.json in {folder}: python benchmarks/step.py measures them")
+    tables = []
+    for report in found.values():
+        where = report["device_name"] if report["device"] == "cuda" else f"CPU, {report['threads']} threads"
+        tables.append(pd.DataFrame(report["results"]).assign(device=f"{where}, {report['precision']}"))
+    return pd.concat(tables, ignore_index=True)
+
+
+@styled
+def step_costs(costs: pd.DataFrame, *, method: str = "carma") -> Figure:
+    """Time that a method adds to a step of fine-tuning, in per cent, by rows in a batch; a panel a model and device.
+
+    `costs` from `read_step_costs`; bars are its 95 % intervals over rounds. All panels have one axis.
+    """
+    shown = costs[costs["method"] == method]
+    check_one(shown, [], "step_costs")
+    places = list(dict.fromkeys(zip(shown["model"], shown["device"])))
+    figure, panels = make_panels([fill(f"{model}: {device}", 30) for model, device in places], height=2.0)
+    looks = dict(zip(dict.fromkeys(shown["text"]), zip(("#0173b2", "#de8f05", "#029e73"), "os^")))
+    sizes = sorted(shown["batch"].unique())
+    for axes, (model, device) in zip(panels, places):
+        axes.axhline(0, color="black", linewidth=0.8)
+        here = shown[(shown["model"] == model) & (shown["device"] == device)]
+        for shift, (text, rows) in zip((-0.1, 0, 0.1), here.sort_values("batch").groupby("text", sort=False)):
+            spread = np.abs(rows[["ratio_low", "ratio_high"]].to_numpy().T - rows["ratio"].to_numpy())
+            colour, marker = looks[text]
+            axes.errorbar([sizes.index(size) + shift for size in rows["batch"]], 100 * (rows["ratio"] - 1), yerr=100 * spread,
+                          color=colour, marker=marker, markersize=4.5, capsize=2, elinewidth=1, label=TEXTS.get(text, text))
+        axes.set_xticks(range(len(sizes)), sizes)
+        axes.set_xlabel("rows in a batch")
+    panels[0].set_ylabel("time added to a step, %")
+    name_lines(figure, panels, most=0)
+    return figure
+
+
+def _name_tokens(axes: Axes, tokens: Sequence[str], *, rows: bool = True) -> None:
+    places, names = np.arange(len(tokens)) + 0.5, [token.strip() or "␣" for token in tokens]
+    axes.set_xticks(places, names, rotation=90)
+    if rows:
+        axes.set_yticks(places, names, rotation=0)
+    axes.tick_params(length=0, labelsize=7)
+
+
+def _runs(words: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, last + 1) of the words of two or more tokens."""
+    found, place = [], 0
+    for word, run in groupby(int(word) for word in words):
+        length = len(list(run))
+        found += [(place, place + length)] if word >= 0 and length > 1 else []
+        place += length
+    return found
