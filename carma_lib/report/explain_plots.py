@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from textwrap import fill
+from textwrap import shorten
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -49,7 +49,7 @@ def token_maps(maps: Mapping[str, object], tokens: Sequence[str], words: Sequenc
 
     Black squares enclose the words of two or more tokens; `words` holds a number for each token, −1 for none.
     """
-    figure, panels = plt.subplots(len(maps), 1, figsize=(COLUMN, (CELL * len(tokens) + 0.75) * len(maps)), squeeze=False)
+    figure, panels = plt.subplots(len(maps), 1, figsize=(COLUMN, (0.11 * len(tokens) + 0.75) * len(maps)), squeeze=False)
     for axes, (title, values) in zip(panels.flat, maps.items()):
         sns.heatmap(np.asarray(values), ax=axes, cmap="vlag", vmin=-bound, vmax=bound, square=True,
                     cbar_kws={"label": label, "shrink": 0.8})
@@ -85,7 +85,7 @@ def attention_maps(maps: Mapping[str, tuple[object, Sequence[str]]], *, most: fl
                                   height_ratios=heights)
     for axes, (title, (weights, names)) in zip(panels.flat, maps.items()):
         sns.heatmap(np.asarray(weights), ax=axes, cmap="Blues", vmin=0, vmax=most, linewidths=0.3, linecolor="#eeeeee",
-                    cbar_kws={"label": "weight"}, yticklabels=[f"{name}  {place}" for place, name in enumerate(names, 1)])
+                    cbar_kws={"label": "weight"}, yticklabels=[f"{shorten(name, 26, placeholder='…')}  {place}" for place, name in enumerate(names, 1)])
         step = 1 + len(names) // 15
         axes.set_xticks(np.arange(0, len(names), step) + 0.5, range(1, len(names) + 1, step), rotation=0)
         axes.tick_params(length=0, labelsize=7)
@@ -131,7 +131,7 @@ def answer_by_start_layer(curves: pd.DataFrame, *, clean: float) -> Figure:
             axes.plot(rows["start_layer"], rows["log_probability"], marker=marker, markersize=4.5, color=colour, label=protocol)
         axes.set(xlabel="pooled from this block on", xticks=sorted(curves["start_layer"].unique()))
     panels[0].set_ylabel("log-probability\nof the right answer")
-    name_lines(figure, panels, most=0)
+    name_lines(figure, panels)
     return figure
 
 
@@ -159,7 +159,7 @@ def step_costs(costs: pd.DataFrame, *, method: str = "carma") -> Figure:
     shown = costs[costs["method"] == method]
     check_one(shown, [], "step_costs")
     places = list(dict.fromkeys(zip(shown["model"], shown["device"])))
-    figure, panels = make_panels([fill(f"{model}: {device}", 30) for model, device in places], height=2.0)
+    figure, panels = make_panels([f"{model}:\n{device}" for model, device in places], height=2.0)
     looks = dict(zip(dict.fromkeys(shown["text"]), zip(("#0173b2", "#de8f05", "#029e73"), "os^")))
     sizes = sorted(shown["batch"].unique())
     for axes, (model, device) in zip(panels, places):
