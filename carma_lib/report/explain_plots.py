@@ -17,7 +17,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from carma_lib.report.style import COLUMN, METHOD_COLOURS, PAGE, check_one, make_panels, name_lines, styled
+from carma_lib.report.style import COLUMN, METHOD_COLOURS, check_one, make_panels, name_lines, styled
 
 CELL = 0.125  # inches of a token in a map, so that its name in 7 pt fits
 ROLES = ("no part", "a negative that was not drawn", "a drawn negative: pushed away", "a positive: pulled together")
@@ -63,7 +63,7 @@ def token_maps(maps: Mapping[str, object], tokens: Sequence[str], words: Sequenc
 @styled
 def token_movement(movement, pull, tokens: Sequence[str]) -> Figure:
     """Above: how far each token moves from a block to the next, (steps, tokens); below: `pull`, (blocks, tokens)."""
-    figure, panels = plt.subplots(2, 1, figsize=(PAGE, 3.6), sharex=True)
+    figure, panels = plt.subplots(2, 1, figsize=(COLUMN, 3.4), sharex=True)
     named = {"squared movement ÷ squared size": (movement, [f"{block} → {block + 1}" for block in range(len(movement))]),
              "length of the gradient": (pull, [str(block) for block in range(len(pull))])}
     for axes, (title, (values, names)) in zip(panels, named.items()):
@@ -81,12 +81,12 @@ def attention_maps(maps: Mapping[str, tuple[object, Sequence[str]]], *, most: fl
     Names go beside the rows with their numbers; the columns have the numbers. Darker is more, up to `most`.
     """
     heights = [CELL * len(names) + 0.2 for _, names in maps.values()]
-    figure, panels = plt.subplots(len(maps), 1, figsize=(PAGE, sum(heights) + 0.65 * len(maps)), squeeze=False,
+    figure, panels = plt.subplots(len(maps), 1, figsize=(COLUMN, sum(heights) + 0.65 * len(maps)), squeeze=False,
                                   height_ratios=heights)
     for axes, (title, (weights, names)) in zip(panels.flat, maps.items()):
         sns.heatmap(np.asarray(weights), ax=axes, cmap="Blues", vmin=0, vmax=most, linewidths=0.3, linecolor="#eeeeee",
-                    cbar_kws={"label": "weight"}, yticklabels=[f"{shorten(name, 26, placeholder='…')}  {place}" for place, name in enumerate(names, 1)])
-        step = 1 + len(names) // 15
+                    cbar_kws={"label": "weight"}, yticklabels=[f"{shorten(name, 21, placeholder='…')}  {place}" for place, name in enumerate(names, 1)])
+        step = 1 + len(names) // 10
         axes.set_xticks(np.arange(0, len(names), step) + 0.5, range(1, len(names) + 1, step), rotation=0)
         axes.tick_params(length=0, labelsize=7)
         axes.set_title(title)
@@ -101,7 +101,7 @@ def losses_by_step(runs: Mapping[str, pd.DataFrame], again: Mapping[str, pd.Data
     `runs` and `again`: name → a table with the columns step, task_loss, mutual_information, stability.
     """
     titles = {"task_loss": "task loss", "mutual_information": "mutual information", "stability": "stability"}
-    figure, panels = make_panels(list(titles.values()), across=3, height=1.7, sharey=False)
+    figure, panels = plt.subplots(3, 1, figsize=(COLUMN, 4.3), sharex=True)
     colours = [METHOD_COLOURS["fine_tuning"], METHOD_COLOURS["carma"], "#029e73", "#555555"]
     for axes, column in zip(panels, titles):
         for colour, (name, table) in zip(colours, runs.items()):
@@ -110,8 +110,9 @@ def losses_by_step(runs: Mapping[str, pd.DataFrame], again: Mapping[str, pd.Data
             some = table.iloc[::max(1, len(table) // 12)]
             axes.plot(some["step"], some[column], "o", markerfacecolor="none", markeredgecolor="black", markersize=4.5,
                       markeredgewidth=0.8, label=name)
-        axes.set_xlabel("training step")
-    name_lines(figure, panels, most=0)
+        axes.set_ylabel(titles[column])
+    panels[-1].set_xlabel("training step")
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center")
     return figure
 
 
