@@ -14,8 +14,8 @@ WORDS = [0, 1, 2, 2, 2, -1, -1, 3, 4, 4, 4, -1]
 
 def step_reports(folder, models=("small", "gpt2_small"), devices=("cpu", "cuda")):
     for device in devices:
-        results = [{"model": model, "text": text, "batch": batch, "method": method, "ratio": ratio, "ratio_low": ratio - 0.05,
-                    "ratio_high": ratio + 0.1, "rounds": 8, "seconds": 0.3}
+        results = [{"model": model, "text": text, "batch": batch, "method": method, "ratio": ratio,
+                    "ratio_low": ratio - 0.05, "ratio_high": ratio + 0.1, "rounds": 8, "seconds": 0.3}
                    for model in models for text in explain_plots.TEXTS for batch in (1, 4, 16, 64)
                    for method, ratio in (("fine_tuning", 1.0), ("carma", 1 + batch / 100))]
         report = {"device": device, "device_name": "NVIDIA H100 80GB HBM3", "threads": 2, "precision": "bf16 autocast"}
@@ -32,20 +32,24 @@ def drawn(folder):
     side = np.linspace(-1, 1, len(TOKENS) ** 2).reshape(len(TOKENS), -1)
     triangle = np.tril(np.ones((len(TOKENS), len(TOKENS)))) / 12
     curves = pd.DataFrame([{"level": level, "start_layer": layer, "protocol": protocol, "log_probability": -0.1 * layer}
-                           for level in ("word", "phrase") for layer in range(4) for protocol in explain_plots.PROTOCOL_LOOKS])
+                           for level in ("word", "phrase") for layer in range(4)
+                           for protocol in explain_plots.PROTOCOL_LOOKS])
     yield "roles", explain_plots.token_roles(TOKENS, np.arange(len(TOKENS) ** 2).reshape(len(TOKENS), -1) % 4)
     yield "map", explain_plots.token_maps({"block 0": side}, TOKENS, WORDS, label="change of cosine similarity")
-    yield "two maps", explain_plots.token_maps({"block 0": side, "block 1": side}, TOKENS, WORDS, label="change", bound=1e-4)
+    yield "two maps", explain_plots.token_maps({"block 0": side, "block 1": side}, TOKENS, WORDS, label="change",
+                                               bound=1e-4)
     yield "movement", explain_plots.token_movement(abs(side[:4]), abs(side[:5]), TOKENS)
     yield "attention", explain_plots.attention_maps({
-        "not pooled": (triangle, TOKENS), "pooled": (triangle[:3, :3], ["a phrase of many words that goes on", "is", '"'])})
+        "not pooled": (triangle, TOKENS),
+        "pooled": (triangle[:3, :3], ["a phrase of many words that goes on", "is", '"'])})
     yield "losses", explain_plots.losses_by_step({"plain fine-tuning, by hand": losses(1), "CARMA": losses(1)}, {})
-    yield "losses again", explain_plots.losses_by_step({"plain fine-tuning, by hand": losses(150, 100), "CARMA, by hand":
-                                                        losses(150)}, {"CarmaTrainer": losses(150)})
+    yield "losses again", explain_plots.losses_by_step(
+        {"plain fine-tuning, by hand": losses(150, 100), "CARMA, by hand": losses(150)}, {"CarmaTrainer": losses(150)})
     yield "layers", explain_plots.answer_by_start_layer(curves, clean=-0.2)
     yield "far", explain_plots.answer_by_start_layer(curves.assign(log_probability=-1000.0), clean=-0.2)
     yield "costs", explain_plots.step_costs(step_reports(folder))
-    yield "one machine", explain_plots.step_costs(step_reports(folder).query("device.str.startswith('CPU') and model == 'small'"))
+    one = step_reports(folder).query("device.str.startswith('CPU') and model == 'small'")
+    yield "one machine", explain_plots.step_costs(one)
 
 
 def test_every_figure_can_be_read(tmp_path):
@@ -71,3 +75,11 @@ def test_costs_are_those_of_the_files(tmp_path):
     assert axes.containers[0].lines[0].get_ydata() == pytest.approx([1, 4, 16, 64])
     with pytest.raises(FileNotFoundError, match="step.py measures them"):
         explain_plots.read_step_costs(tmp_path / "nothing")
+
+
+def test_long_costs_are_those_of_the_file(tmp_path):
+    terms = [{"length": 20, "carma_seconds": 9, "carma_processor_seconds": 2, "dense_seconds": 9,
+              "dense_processor_seconds": 6}]
+    (tmp_path / "long_cpu.json").write_text(json.dumps({"terms": terms}))
+    assert explain_plots.read_long_costs(tmp_path).reset_index().to_dict("records") == [
+        {"length": 20, "carma": 2, "dense": 6, "dense_ratio": 3}]

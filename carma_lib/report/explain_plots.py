@@ -49,7 +49,8 @@ def token_maps(maps: Mapping[str, object], tokens: Sequence[str], words: Sequenc
 
     Black squares enclose the words of two or more tokens; `words` holds a number for each token, −1 for none.
     """
-    figure, panels = plt.subplots(len(maps), 1, figsize=(COLUMN, (0.11 * len(tokens) + 0.75) * len(maps)), squeeze=False)
+    height = (0.11 * len(tokens) + 0.75) * len(maps)
+    figure, panels = plt.subplots(len(maps), 1, figsize=(COLUMN, height), squeeze=False)
     for axes, (title, values) in zip(panels.flat, maps.items()):
         sns.heatmap(np.asarray(values), ax=axes, cmap="vlag", vmin=-bound, vmax=bound, square=True,
                     cbar_kws={"label": label, "shrink": 0.8})
@@ -64,8 +65,8 @@ def token_maps(maps: Mapping[str, object], tokens: Sequence[str], words: Sequenc
 def token_movement(movement, pull, tokens: Sequence[str]) -> Figure:
     """Above: how far each token moves from a block to the next, (steps, tokens); below: `pull`, (blocks, tokens)."""
     figure, panels = plt.subplots(2, 1, figsize=(COLUMN, 3.4), sharex=True)
-    named = {"squared movement ÷ squared size": (movement, [f"{block} → {block + 1}" for block in range(len(movement))]),
-             "length of the gradient": (pull, [str(block) for block in range(len(pull))])}
+    steps = [f"{block} → {block + 1}" for block in range(len(movement))]
+    named = {"squared movement ÷ squared size": (movement, steps), "length of the gradient": (pull, range(len(pull)))}
     for axes, (title, (values, names)) in zip(panels, named.items()):
         sns.heatmap(np.asarray(values), ax=axes, cmap="Blues", vmin=0, yticklabels=names)
         axes.set(title=title, ylabel="block")
@@ -75,7 +76,7 @@ def token_movement(movement, pull, tokens: Sequence[str]) -> Figure:
 
 
 @styled
-def attention_maps(maps: Mapping[str, tuple[object, Sequence[str]]], *, most: float = 0.5) -> Figure:
+def attention_maps(maps: Mapping[str, tuple[object, Sequence[str]]], *, most: float = 0.3) -> Figure:
     """Attention weights with the names of their positions, a panel a title: a row reads, a column is read.
 
     Names go beside the rows with their numbers; the columns have the numbers. Darker is more, up to `most`.
@@ -84,8 +85,9 @@ def attention_maps(maps: Mapping[str, tuple[object, Sequence[str]]], *, most: fl
     figure, panels = plt.subplots(len(maps), 1, figsize=(COLUMN, sum(heights) + 0.65 * len(maps)), squeeze=False,
                                   height_ratios=heights)
     for axes, (title, (weights, names)) in zip(panels.flat, maps.items()):
+        beside = [f"{shorten(name, 21, placeholder='…')}  {place}" for place, name in enumerate(names, 1)]
         sns.heatmap(np.asarray(weights), ax=axes, cmap="Blues", vmin=0, vmax=most, linewidths=0.3, linecolor="#eeeeee",
-                    cbar_kws={"label": "weight"}, yticklabels=[f"{shorten(name, 21, placeholder='…')}  {place}" for place, name in enumerate(names, 1)])
+                    cbar_kws={"label": "weight"}, yticklabels=beside)
         step = 1 + len(names) // 10
         axes.set_xticks(np.arange(0, len(names), step) + 0.5, range(1, len(names) + 1, step), rotation=0)
         axes.tick_params(length=0, labelsize=7)
@@ -129,7 +131,8 @@ def answer_by_start_layer(curves: pd.DataFrame, *, clean: float) -> Figure:
         axes.axhline(clean, color="#444444", linestyle="--", label="not pooled")
         for protocol, rows in curves[curves["level"] == level].groupby("protocol", sort=False):
             colour, marker = PROTOCOL_LOOKS[protocol]
-            axes.plot(rows["start_layer"], rows["log_probability"], marker=marker, markersize=4.5, color=colour, label=protocol)
+            axes.plot(rows["start_layer"], rows["log_probability"], marker=marker, markersize=4.5, color=colour,
+                      label=protocol)
         axes.set(xlabel="pooled from this block on", xticks=sorted(curves["start_layer"].unique()))
     panels[0].set_ylabel("log-probability\nof the right answer")
     name_lines(figure, panels)
@@ -151,6 +154,17 @@ def read_step_costs(folder: str | os.PathLike) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def read_long_costs(folder: str | os.PathLike) -> pd.DataFrame:
+    """`long_cpu.json` of `benchmarks/long.py` in a folder: processor seconds of the two terms alone by tokens of a row.
+
+    Columns length, carma, dense (all pairs of tokens at once), and dense_ratio, dense over carma.
+    """
+    report = json.loads((Path(folder) / "long_cpu.json").read_text(encoding="utf-8"))
+    table = pd.DataFrame(report["terms"]).set_index("length")
+    found = pd.DataFrame({name: table[f"{name}_processor_seconds"] for name in ("carma", "dense")})
+    return found.assign(dense_ratio=found["dense"] / found["carma"])
+
+
 @styled
 def step_costs(costs: pd.DataFrame, *, method: str = "carma") -> Figure:
     """Time that a method adds to a step of fine-tuning, in per cent, by rows in a batch; a panel a model and device.
@@ -169,8 +183,9 @@ def step_costs(costs: pd.DataFrame, *, method: str = "carma") -> Figure:
         for shift, (text, rows) in zip((-0.1, 0, 0.1), here.sort_values("batch").groupby("text", sort=False)):
             spread = np.abs(rows[["ratio_low", "ratio_high"]].to_numpy().T - rows["ratio"].to_numpy())
             colour, marker = looks[text]
-            axes.errorbar([sizes.index(size) + shift for size in rows["batch"]], 100 * (rows["ratio"] - 1), yerr=100 * spread,
-                          color=colour, marker=marker, markersize=4.5, capsize=2, elinewidth=1, label=TEXTS.get(text, text))
+            places_of = [sizes.index(size) + shift for size in rows["batch"]]
+            axes.errorbar(places_of, 100 * (rows["ratio"] - 1), yerr=100 * spread, color=colour, marker=marker,
+                          markersize=4.5, capsize=2, elinewidth=1, label=TEXTS.get(text, text))
         axes.set_xticks(range(len(sizes)), sizes)
         axes.set_xlabel("rows in a batch")
     panels[0].set_ylabel("time added to a step, %")
