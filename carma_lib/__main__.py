@@ -2,20 +2,22 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
 EPILOG = """examples:
   python -m carma_lib run                                   the embedded study (profile default)
-  python -m carma_lib run --profile ci --dry-run            say what would be done, do nothing
-  python -m carma_lib run --profile sst --resume            go on where a run stopped
+  python -m carma_lib run --profile ci --dry-run            check everything, say what would be done, and stop
+  python -m carma_lib run --profile sst --resume            go on after an interruption
   python -m carma_lib run --profile sst --run-dir runs/long --set batch_size=32 --set 02_finetune.seeds=[1,2,3,4]
-  python -m carma_lib publish                               executed copies of runs/default → notebooks/
+  python -m carma_lib publish                               copy the notebooks executed in runs/default to notebooks/
   python -m carma_lib sweep sweeps/example.yml --dry-run    tasks × models × methods × seeds; see sweep --help
 
-A run folder holds status.json, executed notebooks, data, models, results.parquet, tables, figures and
-report.html. The last line printed is the report's path. Exit code 0: done; 1: stopped, with the reason in one
-line; 130: interrupted, --resume goes on.
+A run folder holds status.json, executed notebooks, data, cells, results.parquet, tables, figures and report.html.
+The last line printed is the report's path. Exit code 0: done; 1: stopped, with the reason in one line;
+130 or 143: interrupted or terminated, --resume goes on.
 """
 SWEEP_EPILOG = """examples:
   python -m carma_lib sweep sweeps/example.yml --dry-run                      cells, time and disk; does nothing
@@ -23,11 +25,11 @@ SWEEP_EPILOG = """examples:
   python -m carma_lib sweep my-sweep.yml --scheduler tcp://10.0.0.1:8786      a Dask cluster
   python -m carma_lib sweep my-sweep.yml --slurm sweeps/slurm.example.yml     SLURM jobs
 
-The same command goes on where a sweep stopped: done cells are skipped, failed ones tried again. On a cluster every
-machine must have this package, and see the sweep's folder under the same name. Workers there: one thread each
-(dask worker ADDRESS --nthreads 1 --memory-limit 0), on GPUs one a GPU (CUDA_VISIBLE_DEVICES=0 dask worker …).
-The path from --slurm on has not been tried on a real SLURM machine. The last line printed is the report's path.
-Exit code 0: every cell is done; 1: some failed, or stopped with the reason in one line; 130: interrupted.
+The same command goes on after a stop: done cells are skipped, failed ones tried again. On a cluster every machine
+must have this package and see the sweep's folder under the same name. Its workers have one thread each
+(dask worker ADDRESS --nthreads 1 --memory-limit 0), on GPUs one worker a GPU (CUDA_VISIBLE_DEVICES=0 dask worker …).
+The last line printed is the report's path. Exit code 0: every cell is done; 1: some failed, or stopped with the
+reason in one line; 130 or 143: interrupted or terminated.
 """
 
 
@@ -41,13 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--profile", default="default", help="which set of parameters of nbs_ci.yml (default: default)")
     run.add_argument("--run-dir", type=Path, help="where everything goes (default: runs/<profile>)")
     run.add_argument("--set", action="append", default=[], metavar="[NOTEBOOK.]NAME=VALUE", dest="settings",
-                     help="one parameter, over the profile's; in every notebook that has it unless one is named")
+                     help="one parameter or one setting of the recipe, instead of the profile's")
     run.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and stop")
     how = run.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="skip what is done in the run folder")
     how.add_argument("--fresh", action="store_true", help="throw away what the run folder holds")
     commands.add_parser("publish", help="copy the executed notebooks of runs/default into notebooks/")
-    sweep = commands.add_parser("sweep", help="train and evaluate tasks × models × methods × seeds, on one machine or many",
+    sweep = commands.add_parser("sweep", help="train and test tasks × models × methods × seeds, on one machine or many",
                                 epilog=SWEEP_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     sweep.add_argument("file", type=Path, help="what to sweep over; sweeps/example.yml explains itself")
     sweep.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
@@ -59,64 +61,86 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Stopped(BaseException):
+    """An interruption (Ctrl-C, exit code 130) or a termination (SIGTERM, 143)."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+def _stop(number: int, frame: object) -> None:
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda *_: os._exit(128 + number))  # a second one does not wait
+    raise KeyboardInterrupt if number == signal.SIGINT else _Stopped(128 + number)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code."""
-    from carma_lib import manifest
-    from carma_lib import notebooks as pipeline
-
     options = build_parser().parse_args(arguments)
+    before = {kind: signal.signal(kind, _stop) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _command(options)
+    except (KeyboardInterrupt, _Stopped) as stop:
+        return _stopped(options, getattr(stop, "code", 130))
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _stopped(options: argparse.Namespace, code: int) -> int:
+    from carma_lib import notebooks
+
+    notebooks.end_children()
+    way = "the same command" if options.command == "sweep" else "--resume"
+    print(f"\ncarma_lib: {'interrupted' if code == 130 else 'terminated'}; what is done is kept, {way} goes on from there",
+          file=sys.stderr, flush=True)
+    os._exit(code)  # threads of kernels and workers that have ended would still be waited for
+
+
+def _command(options: argparse.Namespace) -> int:
+    from carma_lib import manifest, notebooks
+    from carma_lib.files import RunError
+
     try:
         if options.command == "sweep":
             return _sweep(options)
         if options.command == "publish":
-            for path in pipeline.publish():
-                print(path)
+            print(*notebooks.publish(), sep="\n")
             return 0
         settings = {}
         for setting in options.settings:
             name, equals, value = setting.partition("=")
             if not equals:
-                raise manifest.RunError(f"--set takes NAME=VALUE, not '{setting}'")
+                raise RunError(f"--set takes NAME=VALUE, not '{setting}'")
             settings[name] = value
         plan = manifest.make_plan(options.profile, run_dir=options.run_dir, settings=settings)
         if options.dry_run:
-            pipeline.check_run_folder(plan, resume=options.resume, fresh=options.fresh)
+            notebooks.check_run_folder(plan, resume=options.resume, fresh=options.fresh)
             print(manifest.describe(plan, resume=options.resume))
             return 0
-        report = pipeline.execute(plan, resume=options.resume, fresh=options.fresh)
-    except manifest.RunError as error:
+        print(notebooks.execute(plan, resume=options.resume, fresh=options.fresh))
+        return 0
+    except RunError as error:
         print(f"carma_lib: {error}", file=sys.stderr)
-        return 1
     except (OSError, ValueError) as error:
-        print(f"carma_lib: {type(error).__name__}: {error}{pipeline.if_full(str(error))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        pipeline.wait_for_kernels()
-        print("\ncarma_lib: interrupted; what is done is kept, "
-              f"{'the same command' if options.command == 'sweep' else '--resume'} goes on from there", file=sys.stderr)
-        return 130
-    print(report)
-    return 0
+        print(f"carma_lib: {type(error).__name__}: {error}{notebooks.if_full(str(error))}", file=sys.stderr)
+    return 1
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from carma_lib.lab.sweep import plan_text, run_sweep
-    from carma_lib.lab.sweep_executors import open_executor, sharing
-    from carma_lib.lab.sweep_plan import read_sweep
+    from carma_lib.lab.plan import read_sweep
+    from carma_lib.lab.sweep import Where, plan_text, run_sweep
 
-    sweep = read_sweep(options.file)
-    where = {"workers": options.workers, "scheduler": options.scheduler, "slurm": options.slurm}
-    print(plan_text(sweep, **where), flush=True)
+    sweep, where = read_sweep(options.file), Where(options.workers, options.scheduler, options.slurm)
+    print(plan_text(sweep, where), flush=True)
     if options.dry_run:
         return 0
-    where["gpus_each"] = sweep.gpus_each
-    with open_executor(**where) as executor:
-        end = run_sweep(sweep, executor, retries=options.retries, sharing=sharing(**where))
-    done = len(sweep.jobs) - len(end.failed)
-    print(f"{done} of {len(sweep.jobs)} cells done" + "".join(
-        f"\n  failed: {name}: {reason}" for name, reason in end.failed.items()))
-    print(end.report)
-    return 1 if end.failed else 0
+    report, failed = run_sweep(sweep, where, retries=options.retries)
+    print(f"{len(sweep.cells) - len(failed)} of {len(sweep.cells)} cells done")
+    for cell, reason in failed.items():
+        print(f"  failed: {cell.name}: {reason}")
+    print(report)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -8,8 +8,13 @@ from typing import Any
 
 import yaml
 
-from carma_lib.files import RunError, fingerprint, read_json
+from carma_lib.files import RunError, code_fingerprint, fingerprint, read_json, user_path
+from carma_lib.lab.cell import Cell
+from carma_lib.lab.recipe import Recipe, Testing, Training, recipe_for
+from carma_lib.lab.study import read_study
+from carma_lib.tasks import task_named
 from carma_lib.tasks.controlled.lexicon import lexicon_file
+from carma_lib.tasks.wordnet import SPLIT_KEYS
 
 MANIFEST = "nbs_ci.yml"
 
@@ -37,13 +42,13 @@ class Plan:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Per notebook: its parameters and source, the library and lexicon, and all that of the notebooks before."""
+        """Per notebook: its parameters and code, the library's code and data, and all that of the notebooks before."""
         package = Path(__file__).parent
-        library = [path.read_text(encoding="utf-8") for path in sorted([*package.rglob("*.py"), *package.glob("*.csv"),
-                                                                                 *package.glob("*.yml")])
-                   if path.name not in ("manifest.py", "notebooks.py", "__main__.py", "page.py")
-                   and not path.name.startswith("sweep")]
-        before, result = fingerprint(library, lexicon_file().read_text(encoding="utf-8")), {}
+        modules = [".".join(path.relative_to(package.parent).with_suffix("").parts) for path in sorted(package.rglob("*.py"))
+                   if path.name not in ("manifest.py", "notebooks.py", "__main__.py", "page.py", "sweep.py", "estimate.py")]
+        tables = [path.read_text(encoding="utf-8") for path in (*sorted(package.glob("*.csv")), *sorted(package.glob("*.yml")),
+                                                               lexicon_file())]
+        before, result = fingerprint(code_fingerprint(*(name.removesuffix(".__init__") for name in modules)), tables), {}
         for notebook in self.notebooks:
             before = fingerprint(before, self.parameters[notebook.name], source_of(notebook.path))
             result[notebook.name] = before
@@ -93,13 +98,16 @@ def make_plan(profile: str, *, run_dir: Path | None = None, settings: dict[str, 
     notebooks = [notebook for notebook in notebooks if profiles[profile].get(notebook.name, {}) is not False]
     known = {notebook.name: _declared_parameters(notebook) for notebook in notebooks}
     chosen = {notebook.name: dict(profiles[profile].get(notebook.name) or {}) for notebook in notebooks}
-    run_dir = (Path.cwd() / run_dir) if run_dir else root / "runs" / profile
+    run_dir = (Path.cwd() / user_path(run_dir)) if run_dir else root / "runs" / profile
     if run_dir.resolve() != (root / "runs" / "default").resolve():
         for parameters in chosen.values():
             parameters["run_dir"] = str(run_dir)
     _apply_settings(settings or {}, chosen, known)
     for name, parameters in chosen.items():
         _check_types(name, parameters, known[name])
+        if "recipe" in parameters:
+            parameters["recipe"] = _merged(known[name]["recipe"], parameters["recipe"])
+    _check_values({name: {**known[name], **parameters} for name, parameters in chosen.items()})
     return Plan(profile, run_dir, tuple(notebooks), chosen)
 
 
@@ -125,15 +133,70 @@ def _apply_settings(settings: dict[str, str], chosen: dict[str, dict[str, Any]],
         if name == "run_dir":
             raise RunError("run_dir is one for all notebooks: use --run-dir")
         targets = [notebook] if notebook else [target for target in known if name in known[target]]
-        if not targets or any(target not in known or name not in known[target] for target in targets):
-            available = sorted({name for parameters in known.values() for name in parameters})
-            raise RunError(f"no notebook has the parameter '{key}'; there are {', '.join(available)}")
-        try:
-            value = ast.literal_eval(literal)
-        except (ValueError, SyntaxError):
-            value = literal
+        if not targets or any(name not in known.get(target, {}) for target in targets):
+            kind = Training if name in Training.model_fields else Testing if name in Testing.model_fields else None
+            home = {Training: "02_finetune", Testing: "03_evaluate"}.get(kind)
+            if home not in known or notebook not in ("", home):
+                available = sorted({name for parameters in known.values() for name in parameters} | {*Recipe.model_fields})
+                raise RunError(f"no notebook has the parameter '{key}'; there are {', '.join(available)}")
+            chosen[home].setdefault("recipe", {})[name] = _literal(literal)
+            continue
         for target in targets:
-            chosen[target][name] = value
+            chosen[target][name] = _literal(literal)
+
+
+def _literal(text: str) -> Any:
+    """A value of the command line: a Python literal, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _merged(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A notebook's recipe with some settings changed; those by kind of task are changed by kind."""
+    return {**recipe, **{name: {**recipe[name], **value} if isinstance(value, dict) and isinstance(recipe.get(name), dict)
+                         else value for name, value in changes.items()}}
+
+
+def _check_values(parameters: dict[str, dict[str, Any]]) -> None:
+    """Refuse before the first cell runs what a notebook would refuse after hours. `RunError` in one line."""
+    name = ""
+    try:
+        for name, values in parameters.items():
+            for task in (*values.get("tasks", ()), *values.get("further_tasks", ())):
+                task_named(task)
+            for setting in ("tasks", "methods", "seeds", "blocks"):
+                listed = values.get(setting, ())
+                if len(set(listed)) < len(listed):
+                    raise ValueError(f"{setting} names something twice: {listed}")
+            for setting in ("confidence", "margin"):
+                if not 0 < values.get(setting, 0.5) < 1:
+                    raise ValueError(f"{setting} must lie between 0 and 1, not {values[setting]}")
+            if values.get("workers", 1) < 1:
+                raise ValueError(f"workers is {values['workers']}; it must be at least 1")
+            if values.get("split_by", "synset") not in SPLIT_KEYS:
+                raise ValueError(f"split_by is one of {', '.join(SPLIT_KEYS)}, not '{values['split_by']}'")
+            if "plan" in values and "changes" in values:
+                read_study(project_root() / values["plan"], values["changes"])
+        if name := "02_finetune" if "02_finetune" in parameters else "":
+            _check_cells(parameters[name], parameters.get("03_evaluate", {}))
+    except (ValueError, TypeError, OSError) as error:
+        if "hub cannot be reached" not in str(error):  # what depends on the model is then checked when it is loaded
+            raise RunError(f"{name}: {' '.join(str(error).split())}") from error
+
+
+def _check_cells(training: dict[str, Any], testing: dict[str, Any]) -> None:
+    for setting in ("tasks", "methods"):
+        if not training[setting]:
+            raise ValueError(f"{setting} is empty; name at least one")
+    tests = {name: testing[name] for name in testing if name in Testing.model_fields} | testing.get("recipe", {})
+    for task in training["tasks"]:
+        filled = recipe_for(task_named(task).kind, {"start": training["start"], "steps": training["steps"],
+                                                    **training["recipe"], **tests}, seeds=tuple(training["seeds"]))
+        for method in training["methods"]:
+            for seed in filled.seeds:
+                Cell(task, method, seed, filled.recipe)
 
 
 def _check_types(notebook: str, parameters: dict[str, Any], known: dict[str, Any]) -> None:
@@ -145,11 +208,11 @@ def _check_types(notebook: str, parameters: dict[str, Any], known: dict[str, Any
             raise RunError(f"{notebook}: '{name}' takes {wanted.__name__}, such as {known[name]!r}, not {value!r}")
 
 
-def source_of(path: Path) -> list[list[str]]:
-    """Kind and source of every cell of a notebook, without its outputs."""
+def source_of(path: Path) -> list[str]:
+    """The source of every code cell of a notebook."""
     import nbformat
 
-    return [[cell.cell_type, cell.source] for cell in nbformat.read(path, as_version=4).cells]
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
 def run_folder(run_dir: str | Path) -> Path:

@@ -6,6 +6,7 @@ to one set of parameters and one state of the code; `--resume` skips notebooks t
 from __future__ import annotations
 
 import _thread
+import contextlib
 import errno
 import os
 import shutil
@@ -13,18 +14,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # no such lock on Windows
-    fcntl = None
+import psutil
 
-from carma_lib.files import read_json, whole_file, write_json
-from carma_lib.manifest import MANIFEST, Notebook, Plan, RunError, make_plan, project_root, run_folder, source_of
+from carma_lib.files import RunError, locked, read_json, whole_file, write_json
+from carma_lib.manifest import MANIFEST, Notebook, Plan, make_plan, project_root, run_folder, source_of
 
 __all__ = ["check_run_folder", "execute", "project_root", "publish", "run_folder", "tidy_notebook", "versions"]
 
@@ -37,7 +34,7 @@ def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
     """
     from carma_lib.report.page import write_report
 
-    with _only_run_in(plan.run_dir):
+    with locked(plan.run_dir / "lock", busy=f"{plan.run_dir} is in use by another run; wait for it, or give another --run-dir"):
         status = _open_status(plan, resume=resume, fresh=fresh)
         for number, notebook in enumerate(plan.notebooks, start=1):
             entry = status["notebooks"][notebook.name]
@@ -50,19 +47,6 @@ def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
             print(f"{label}: done in {entry['seconds']:.0f} s", flush=True)
         copies = [plan.run_dir / "notebooks" / f"{notebook.name}.ipynb" for notebook in plan.notebooks]
         return write_report(plan.run_dir, notebooks=copies, title=f"CARMA: profile {plan.profile}")
-
-
-@contextmanager
-def _only_run_in(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for this process; the system lets go when the process ends, however it ends."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / "lock", "a+", encoding="utf-8") as lock:
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{run_dir} is in use by another run; wait for it, or give another --run-dir") from None
-        yield
 
 
 def check_run_folder(plan: Plan, *, resume: bool, fresh: bool) -> None:
@@ -176,11 +160,15 @@ def _kernel_config() -> Any:
     return Config({"KernelManager": {"transport": "ipc", "ip": f"{tempfile.gettempdir()}/carma-{os.getpid()}"}})
 
 
-def wait_for_kernels(seconds: float = 20) -> None:
-    """Let interrupted kernels and their workers end, so that what they still print comes before our last line."""
-    import psutil
-
-    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=seconds)
+def end_children(seconds: float = 3) -> None:
+    """End the kernels and workers that this process started, so that what they print comes before our last line."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            child.terminate()
+    for child in psutil.wait_procs(children, timeout=seconds)[1]:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
 
 
 def _failure(error: BaseException, notebook: Notebook, out_of_time: bool, cell_timeout: bool) -> tuple[str, str]:

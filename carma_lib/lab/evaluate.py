@@ -1,131 +1,28 @@
-"""Clean, replaced and pooled runs of a trained model → the long result table, one row an item and condition.
+"""Clean, replaced and pooled answers of a model → rows of the result table, one an item and condition.
 
 The answer is the single most likely token of the whole vocabulary after the prompt's last token (as published:
-exact match, no restriction to the task's labels).
+exact match, no restriction to the task's labels). An answer of several tokens (one's own data) is right if the greedy
+answer equals it with its end; such items are not pooled, since pooling here reads one token.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import pandas as pd
 import torch
 
-from carma_lib.collate import Collator, encode
-from carma_lib.lab.drift import compare_with_start
-from carma_lib.lab.experiment import Cell, run_parallel, task_prompt
-from carma_lib.files import fingerprint, read_json, whole_file
-from carma_lib.models import Prompt, load_config, load_model, load_tokenizer
-from carma_lib.synonyms.replacement import replaced_rows
+from carma_lib.collate import Collator, answerable, encode
+from carma_lib.lab.cell import Cell
+from carma_lib.lab.start import depth_of, model_name, prompt_of, rows_of, tokenizer_of
+from carma_lib.models import Prompt
 from carma_lib.pooling import PROTOCOLS, pooling_grid, start_layers_from_depth
-from carma_lib.stats.table import RESULT_COLUMNS, read_results, write_results
-from carma_lib.tasks import load_task, task_named
-
-LEVELS = ("word", "phrase")
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Under what a model is evaluated.
-
-    splits: of the task, every test split if empty. rates: shares of content words replaced; the clean run is
-    always made. depth_shares: where pooling starts, as shares of depth. test_items: first so many of each
-    split, 0 for all; pooled_items: of these, the first so many are pooled too (the grid of layers, protocols
-    and levels costs more than all the rest), 0 for all. replacement_seed: one for all models, so that all read the same changed texts.
-    """
-
-    rates: tuple[float, ...] = (0.1, 0.25, 0.4)
-    depth_shares: tuple[float, ...] = (0.5, 0.75, 1.0)
-    protocols: tuple[str, ...] = PROTOCOLS
-    levels: tuple[str, ...] = LEVELS
-    splits: tuple[str, ...] = ()
-    test_items: int = 0
-    pooled_items: int = 0
-    replacement_seed: int = 0
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        if any(not 0 < rate <= 1 for rate in self.rates):
-            raise ValueError(f"rates must lie in (0, 1], not {self.rates}")
-        if any(not 0 < share <= 1 for share in self.depth_shares):
-            raise ValueError(f"depth_shares must lie in (0, 1], not {self.depth_shares}")
-        for name, known in (("protocols", PROTOCOLS), ("levels", LEVELS)):
-            if unknown := set(getattr(self, name)) - set(known):
-                raise ValueError(f"unknown {name} {sorted(unknown)}; there are {', '.join(known)}")
-        if self.depth_shares and not (self.protocols and self.levels):
-            raise ValueError("pooling needs protocols and levels; leave depth_shares empty for none")
-        if self.batch_size < 1 or self.test_items < 0 or self.pooled_items < 0:
-            raise ValueError("batch_size must be at least 1, test_items and pooled_items at least 0")
-
-
-def evaluation_rows(run_dir: Path, task: str, conditions: Conditions) -> dict[str, datasets.Dataset]:
-    """The splits to evaluate. `ValueError` for one that the task does not have."""
-    rows = load_task(run_dir / "data" / task)
-    splits = conditions.splits or tuple(name for name in rows if name.startswith("test"))
-    if unknown := [split for split in splits if split not in rows]:
-        raise ValueError(f"{task} has no split '{unknown[0]}'; it has {', '.join(rows)}")
-    kept = {split: rows[split] for split in splits}
-    if conditions.test_items:
-        kept = {split: items.select(range(min(conditions.test_items, len(items)))) for split, items in kept.items()}
-    return kept
-
-
-def answerable(rows: datasets.Dataset, tokenizer: Any, prompt: Prompt) -> datasets.Dataset:
-    """The rows whose answer is one token after the prompt (as published, so test sets differ by tokenizer).
-
-    Raises `ValueError` where there is none.
-    """
-    kept = encode(rows, tokenizer, prefix=prompt.prefix, suffix=prompt.suffix, drop=True)
-    if not len(kept):
-        raise ValueError(f"none of {len(rows)} items has an answer of one token of this tokenizer; take more items "
-                         "or another start")
-    return kept.select_columns(rows.column_names)
-
-
-def asked_rows(run_dir: Path, start: Cell, conditions: Conditions) -> dict[str, datasets.Dataset]:
-    """The `evaluation_rows` that models from this untuned cell are asked: for a pretrained one the `answerable`."""
-    folder = run_dir / "models" / start.place
-    rows, begun = evaluation_rows(run_dir, start.task, conditions), read_json(folder / "cell.json")["start"]
-    if begun == "random":
-        return rows
-    prompt, tokenizer = task_prompt(start.task, load_config(str(folder)).model_type, begun), load_tokenizer(str(folder))
-    return {split: answerable(items, tokenizer, prompt) for split, items in rows.items()}
-
-
-def make_replacements(run_dir: Path, start: Cell, conditions: Conditions) -> None:
-    """Replace synonyms once, so that all models from this untuned cell find the texts in the cache."""
-    for rows in asked_rows(run_dir, start, conditions).values():
-        for rate in conditions.rates:
-            replaced_rows(rows, rate=rate, seed=conditions.replacement_seed, cache_dir=run_dir / "cache",
-                          **task_named(start.task).replacement(rows))
-
-
-def evaluate_model(model: Any, tokenizer: Any, rows: datasets.Dataset, *, prompt: Prompt,
-                   replaced: dict[float, tuple[datasets.Dataset, list[int]]],
-                   conditions: Conditions) -> pd.DataFrame:
-    """All conditions of one split: item_id, target and the columns from `condition` on of the result table."""
-    shares = shares_by_layer(model.config.get_text_config().num_hidden_layers, conditions.depth_shares)
-
-    def asked(items: datasets.Dataset, shares: dict[int, float], level: str) -> pd.DataFrame:
-        prompts = prompts_of(items, tokenizer, prompt, level=level, batch_size=conditions.batch_size)
-        return answers(model, tokenizer, prompts, shares=shares, protocols=conditions.protocols, level=level)
-
-    parts = [asked(rows, {}, "word")]
-    pooled = rows.select(range(min(conditions.pooled_items or len(rows), len(rows))))
-    for level in conditions.levels if conditions.depth_shares and conditions.protocols else ():
-        parts.append(asked(pooled, shares, level))
-    for rate, (texts, changed) in replaced.items():
-        parts.append(asked(texts, {}, "word").assign(condition="replaced", rate=rate, changed=changed))
-    return pd.concat(parts, ignore_index=True)
-
-
-def shares_by_layer(depth: int, depth_shares: Sequence[float]) -> dict[int, float]:
-    """Start layer → share of depth; of shares that name one layer the first is kept."""
-    layers = start_layers_from_depth(depth, depth_shares)
-    return {layer: share for layer, share in zip(reversed(layers), reversed(depth_shares))}
+from carma_lib.synonyms.replacement import replaced_rows, worst_replacements
+from carma_lib.tasks import task_named
 
 
 class Prompts(NamedTuple):
@@ -137,10 +34,10 @@ class Prompts(NamedTuple):
     batches: list[dict[str, torch.Tensor]]
 
 
-def prompts_of(rows: datasets.Dataset, tokenizer: Any, prompt: Prompt, *, level: str = "word",
+def prompts_of(rows: datasets.Dataset, tokenizer: Any, prompt: Prompt, *, level: str = "word", answer: str = "token",
                batch_size: int = 64) -> Prompts:
-    """The encoded rows of a split (see `collation.encode`) in batches, short ones first."""
-    encoded = encode(rows, tokenizer, prefix=prompt.prefix, suffix=prompt.suffix, level=level).to_list()
+    """The encoded rows of a split (see `collate.encode`) in batches, short ones first."""
+    encoded = encode(rows, tokenizer, prefix=prompt.prefix, suffix=prompt.suffix, level=level, answer=answer).to_list()
     order = sorted(range(len(encoded)), key=lambda row: encoded[row]["length"])
     places = [order[first:first + batch_size] for first in range(0, len(order), batch_size)]
     collate = Collator(tokenizer)
@@ -148,126 +45,200 @@ def prompts_of(rows: datasets.Dataset, tokenizer: Any, prompt: Prompt, *, level:
                    [collate([encoded[place] for place in some]) for some in places])
 
 
+def shares_by_layer(depth: int, depth_shares: Sequence[float]) -> dict[int, float]:
+    """Start layer → share of depth; of shares that name one layer the first is kept."""
+    layers = start_layers_from_depth(depth, depth_shares)
+    return {layer: share for layer, share in zip(reversed(layers), reversed(depth_shares))}
+
+
 @torch.no_grad()
 def answers(model: Any, tokenizer: Any, prompts: Prompts, *, shares: dict[int, float] | None = None,
-            protocols: Sequence[str] = PROTOCOLS, level: str = "word") -> pd.DataFrame:
+            protocols: Sequence[str] = PROTOCOLS, level: str = "word", bf16: bool = False) -> pd.DataFrame:
     """Clean answers without `shares` (start layer → share of depth), else pooled ones by layer and protocol.
 
-    Columns: item_id, target, and those from `condition` on of the result table, but `source`.
+    bf16: matrix products in bf16, as in training. Columns: item_id, target, and those from `condition` on of the
+    result table. `ValueError` for logits that are not finite.
     """
     device, shares = next(model.parameters()).device, shares or {}
     pieces: dict[tuple[int, str], list[pd.DataFrame]] = {}
     model.eval()
     for places, batch in zip(prompts.places, prompts.batches):
         batch = {name: value.to(device) for name, value in batch.items()}
-        grid = pooling_grid(model, batch["input_ids"], batch["attention_mask"], batch["constituent_ids"],
-                            start_layers=list(shares), protocols=protocols if shares else ())
+        if "labels" in batch:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                pieces.setdefault((-1, ""), []).append(_score_texts(model, batch, tokenizer).assign(row=places, changed=0))
+            continue
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            grid = pooling_grid(model, batch["input_ids"], batch["attention_mask"], batch["constituent_ids"],
+                                start_layers=list(shares), protocols=protocols if shares else ())
         changed = grid.changed.cpu().numpy() if shares else 0
         for key, logits in (grid.pooled if shares else {(-1, ""): grid.clean}).items():
-            pieces.setdefault(key, []).append(_score(logits, batch["target_ids"]).assign(
-                row=places, changed=changed))
+            pieces.setdefault(key, []).append(_score(logits, batch["target_ids"]).assign(row=places, changed=changed))
     frames = []
     for (layer, protocol), piece in pieces.items():
         frame = pd.concat(piece).sort_values("row")
         frames.append(frame.drop(columns="row").assign(
-            item_id=prompts.item_ids, target=prompts.targets, condition="pooled" if shares else "clean", rate=0.0,
-            start_layer=layer, depth_share=shares.get(layer, float("nan")), protocol=protocol,
+            item_id=prompts.item_ids, target=prompts.targets, condition="pooled" if shares else "clean", source="",
+            rate=0.0, start_layer=layer, depth_share=shares.get(layer, float("nan")), protocol=protocol,
             level=level if shares else ""))
     table = pd.concat(frames, ignore_index=True)
-    words = {token: tokenizer.decode([token]).strip() for token in table["prediction"].unique()}
-    return table.assign(prediction=table["prediction"].map(words))
+    if table["prediction"].dtype.kind in "iu":
+        words = {token: tokenizer.decode([token]).strip() for token in table["prediction"].unique()}
+        texts = table["prediction"].map(words)
+        same = (texts == table["target"]) & ~table["correct"]  # another token of the same letters, as with a space before
+        table["prediction"] = texts.where(~same, texts + "#" + table["prediction"].astype(str)).where(
+            ~table["correct"], table["target"])
+    return table
+
+
+def _score_texts(model: Any, batch: dict[str, torch.Tensor], tokenizer: Any) -> pd.DataFrame:
+    """The greedy answers to items whose answers have several tokens: right if each token is the most likely one.
+
+    Until the first wrong token the greedy answer is what this one pass reads; the prediction is shown up to there.
+    rank: the worst of the answer's tokens; log_probability: of the whole answer.
+    """
+    labels = batch["labels"][:, 1:]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    logits = model(**inputs, use_cache=False).logits[:, -batch["labels"].size(1):][:, :-1]
+    asked, rows = labels != -100, []
+    for row in range(len(labels)):
+        targets, found = labels[row][asked[row]], logits[row][asked[row]]
+        scores = _score(found, targets)
+        right = int(scores["correct"].cumprod().sum())
+        predicted = scores["prediction"].to_numpy()[:right + 1]
+        rows.append({"prediction": tokenizer.decode(predicted, skip_special_tokens=True).strip(' "'),
+                     "correct": right == len(scores), "prediction_probability": float(np.exp(scores["log_probability"].sum())),
+                     "rank": int(scores["rank"].max()), "log_probability": scores["log_probability"].sum()})
+    return pd.DataFrame(rows)
 
 
 def _score(logits: torch.Tensor, targets: torch.Tensor) -> pd.DataFrame:
-    """Prediction (token id) and its probability, correctness, rank and log-probability of the target, from logits."""
+    """Prediction (token id) and its probability, correctness, rank and log-probability of the target, from logits.
+
+    The target's rank counts itself and all tokens as likely or more: a tie is not a win.
+    """
     if not torch.isfinite(logits).all():
         raise ValueError("the model's logits are not finite; it was not trained well, or its weights are damaged")
     log_probability = logits.float().log_softmax(-1)
     of_target = log_probability.gather(1, targets[:, None])
-    prediction = log_probability.argmax(-1)
+    rank = (log_probability >= of_target).sum(-1)
     return pd.DataFrame({
-        "prediction": prediction.cpu().numpy(), "correct": (prediction == targets).cpu().numpy(),
+        "prediction": log_probability.argmax(-1).cpu().numpy(), "correct": (rank == 1).cpu().numpy(),
         "prediction_probability": log_probability.amax(-1).double().exp().cpu().numpy(),
-        "rank": (1 + (log_probability > of_target).sum(-1)).cpu().numpy(),
+        "rank": rank.cpu().numpy(),
         "log_probability": of_target[:, 0].double().cpu().numpy()})
 
 
-def evaluate_cell(run_dir: Path, cell: Cell, conditions: Conditions) -> Path:
-    """Evaluate one cell on the task's test splits; its part of the table, kept if already made.
+def test_splits(folder: Path, cell: Cell) -> tuple[str, ...]:
+    """The splits that a cell is tested on. `ValueError` for one that the task does not have."""
+    rows, wanted = rows_of(folder, cell.task), cell.recipe.test_splits
+    if unknown := [name for name in (*wanted, *cell.recipe.changed_splits) if name not in rows]:
+        raise ValueError(f"{cell.task} has no split '{unknown[0]}'; it has {', '.join(rows)}")
+    return wanted or tuple(name for name in rows if name.startswith("test"))
 
-    An untuned model of random weights is asked the unchanged items only.
+
+def asked_rows(folder: Path, cell: Cell, split: str) -> datasets.Dataset:
+    """The items of a split that models from this cell's start are asked.
+
+    A pretrained start is asked the first so many that its tokenizer can answer in one token (as published, so test
+    sets differ by tokenizer). `ValueError` if there is none.
     """
-    folder = run_dir / "models" / cell.place
-    facts = read_json(folder / "cell.json")
-    if facts is None:
-        raise FileNotFoundError(f"no finished model in {folder}: run notebook 02 first")
-    if facts["start"] == "random" and not facts["budget"]:  # it knows no answer that it could keep
-        conditions = replace(conditions, rates=(), depth_shares=())
-    mark = fingerprint(facts["mark"], asdict(conditions))
-    path = run_dir / "parts" / cell.place.with_suffix(f".{mark}.parquet")
-    if path.is_file():
-        return path
-    model, tokenizer = load_model(str(folder))
-    _on_device(model)
-    prompt = task_prompt(cell.task, model.config.model_type, facts["start"])
-    parts = []
-    for split, rows in asked_rows(run_dir, replace(cell, method="untuned"), conditions).items():
-        replaced = {rate: replaced_rows(rows, rate=rate, seed=conditions.replacement_seed, cache_dir=run_dir / "cache",
-                                        **task_named(cell.task).replacement(rows)) for rate in conditions.rates}
-        parts.append(evaluate_model(model, tokenizer, rows, prompt=prompt, replaced=replaced,
-                                    conditions=conditions).assign(split=split))
-    frame = pd.concat(parts, ignore_index=True).assign(
-        task=cell.task, method=cell.method, seed=cell.seed, model=facts["model"], budget=facts["budget"],
-        start=facts["start"])
-    frame["source"] = (frame["condition"] == "replaced").map({True: task_named(cell.task).synonyms, False: ""})
-    write_results(frame[[*RESULT_COLUMNS, "prediction_probability"]], path)
-    return path
+    recipe = cell.recipe
+    limit = recipe.validation_items if split == "validation" else recipe.test_items
+    free = recipe.small or task_named(cell.task).answer == "text"
+    return _asked_rows(folder, cell.task, split, limit, None if free else tokenizer_of(folder, cell), prompt_of(cell.task, recipe))
 
 
-def _on_device(model: torch.nn.Module) -> None:
-    """To the GPU where there is one; a quantised model is there already."""
-    if torch.cuda.is_available() and not getattr(model, "is_loaded_in_4bit", False):
-        model.to("cuda")
+@lru_cache(maxsize=64)
+def _asked_rows(folder: Path, task: str, split: str, limit: int, tokenizer: Any, prompt: Prompt) -> datasets.Dataset:
+    rows = rows_of(folder, task)[split]
+    if tokenizer is not None:
+        return answerable(rows, tokenizer, prompt, limit=limit or None)
+    return rows.select(range(min(limit, len(rows)))) if limit else rows
 
 
-def evaluate_cells(run_dir: Path, cells: Sequence[Cell], conditions: Conditions, *, workers: int = 1) -> Path:
-    """Evaluate every cell in `workers` processes and write the whole table, `results.parquet`."""
-    for cell in {cell.task: cell for cell in cells}.values():
-        make_replacements(run_dir, replace(cell, method="untuned"), conditions)
-    parts = run_parallel(evaluate_cell, [(run_dir, cell, conditions) for cell in cells], workers=workers,
-                         description=f"evaluating {len(cells)} models", unit="model")
-    return write_results(read_results(parts), run_dir / "results.parquet")
+def split_prompts(folder: Path, cell: Cell, split: str, *, level: str = "word", first: int = 0,
+                  texts: tuple[str, ...] | None = None) -> Prompts:
+    """The prompts of a split, made once a process; first: so many items of it; texts: the items in these wordings."""
+    return _prompts(folder, cell.task, split, level, first, texts, tokenizer_of(folder, cell),
+                    prompt_of(cell.task, cell.recipe), cell.recipe.evaluation_batch, _Rows(folder, cell, split))
 
 
-def drift_of_cell(run_dir: Path, cell: Cell, items: int) -> pd.DataFrame:
-    """`compare_with_start` of a trained cell on the first `items` validation rows that it can answer in one token."""
-    model, tokenizer = load_model(str(run_dir / "models" / cell.place))
-    start, _ = load_model(str(run_dir / "models" / replace(cell, method="untuned").place))
-    _on_device(model)
-    _on_device(start)
-    facts = read_json(run_dir / "models" / cell.place / "cell.json")
-    rows = load_task(run_dir / "data" / cell.task)["validation"]
-    prompt = task_prompt(cell.task, model.config.model_type, facts["start"])
-    rows = answerable(rows.select(range(min(20 * items, len(rows)))), tokenizer, prompt)
-    rows = rows.select(range(min(items, len(rows))))
-    drift, perplexity = compare_with_start(model, start, tokenizer, rows, prompt=prompt)
-    return drift.assign(**asdict(cell), perplexity=perplexity["model"], start_perplexity=perplexity["start"])
+class _Rows:
+    """Rows that are read only if prompts are not in the cache; equal for cells that are asked the same items."""
+
+    def __init__(self, folder: Path, cell: Cell, split: str) -> None:
+        recipe = cell.recipe
+        self.read = lambda: asked_rows(folder, cell, split)
+        self._key = (recipe.small, recipe.validation_items if split == "validation" else recipe.test_items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Rows) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
 
-def drift_of_cells(run_dir: Path, cells: Sequence[Cell], *, items: int = 200, workers: int = 1) -> pd.DataFrame:
-    """Drift and perplexities of every trained cell, also as `drift.csv`: a row a cell and layer."""
-    trained = [cell for cell in cells if cell.method != "untuned"]
-    parts = run_parallel(drift_of_cell, [(run_dir, cell, items) for cell in trained], workers=workers,
-                         description=f"drift of {len(trained)} models", unit="model")
-    table = pd.concat(parts, ignore_index=True)
-    with whole_file(run_dir / "drift.csv") as temporary:
-        table.to_csv(temporary, index=False)
-    return table
+@lru_cache(maxsize=64)
+def _prompts(folder: Path, task: str, split: str, level: str, first: int, texts: tuple[str, ...] | None,
+             tokenizer: Any, prompt: Prompt, batch_size: int, source: _Rows) -> Prompts:
+    rows = source.read()
+    if texts is not None:
+        rows = rows.select(range(len(texts))).remove_columns(["text", "phrases"]).add_column("text", list(texts))
+    elif first:
+        rows = rows.select(range(min(first, len(rows))))
+    return prompts_of(rows, tokenizer, prompt, level=level, answer=task_named(task).answer, batch_size=batch_size)
 
 
-def trained_cells(run_dir: Path) -> list[Cell]:
-    """The finished cells of a run folder, starts included, in order."""
-    found = [read_json(path) for path in (run_dir / "models").glob("*/*/seed-*/cell.json")]
-    if not found:
-        raise FileNotFoundError(f"no finished model in {run_dir}: run notebook 02 first")
-    return sorted(Cell(facts["task"], facts["method"], facts["seed"]) for facts in found)
+def replacements(folder: Path, cell: Cell, split: str) -> dict[float, tuple[tuple[str, ...], list[int]]]:
+    """By rate: the texts of a split with synonyms, and how many words of each were replaced; the same for all models."""
+    rows, found = asked_rows(folder, cell, split), {}
+    for rate in cell.recipe.rates:
+        changed, numbers = replaced_rows(rows, rate=rate, seed=cell.recipe.replacement_seed, cache_dir=folder / "cache",
+                                         **task_named(cell.task).replacement(rows))
+        found[rate] = (tuple(changed["text"]), numbers)
+    return found
+
+
+def clean_answers(folder: Path, cell: Cell, model: Any, split: str) -> pd.DataFrame:
+    """Answers to the unchanged items of a split."""
+    return answers(model, tokenizer_of(folder, cell), split_prompts(folder, cell, split), bf16=cell.recipe.bf16)
+
+
+def changed_answers(folder: Path, cell: Cell, model: Any, split: str) -> pd.DataFrame:
+    """Answers to the items of a split with synonyms, to the adversary's choice of them, and under pooling."""
+    recipe, tokenizer, parts = cell.recipe, tokenizer_of(folder, cell), []
+    source = task_named(cell.task).synonyms
+
+    def asked(texts: Sequence[str]) -> pd.DataFrame:
+        return answers(model, tokenizer, split_prompts(folder, cell, split, texts=tuple(texts)), bf16=recipe.bf16)
+
+    for rate, (texts, changed) in replacements(folder, cell, split).items():
+        parts.append(asked(texts).assign(condition="replaced", source=source, rate=rate, changed=changed))
+    rows = asked_rows(folder, cell, split)
+    some = rows.select(range(min(recipe.pooled_items or len(rows), len(rows))))
+    if recipe.adversary_rate:
+        worst = worst_replacements(
+            some["text"], rate=recipe.adversary_rate, seeds=range(1, recipe.adversary_tries + 1),
+            score=lambda texts: -asked(texts)["log_probability"].to_numpy(), item_ids=some["item_id"],
+            cache_dir=folder / "cache", **task_named(cell.task).replacement(some))
+        parts.append(asked([each.text for each in worst]).assign(
+            condition="replaced", source="adversary", rate=recipe.adversary_rate, changed=[each.made for each in worst]))
+    pooled = recipe.depth_shares and task_named(cell.task).answer == "token"
+    shares = shares_by_layer(depth_of(recipe), recipe.depth_shares) if pooled else {}
+    for level in recipe.levels if shares else ():
+        prompts = split_prompts(folder, cell, split, level=level, first=len(some))
+        parts.append(answers(model, tokenizer, prompts, shares=shares, protocols=recipe.protocols, level=level, bf16=recipe.bf16))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def finish(folder: Path, cell: Cell, tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Parts with `split` and `budget` as one table in the columns of the result table, compactly typed."""
+    table = pd.concat([part for part in tables if len(part)], ignore_index=True).assign(
+        task=cell.task, method=cell.method, seed=cell.seed, model=model_name(cell.recipe), start=cell.recipe.start,
+        cell=cell.key)
+    whole = {name: np.int32 for name in ("seed", "budget", "changed", "rank")} | {"start_layer": np.int16}
+    return table.astype({name: kind for name, kind in whole.items()}).assign(
+        rate=table["rate"].round(4), depth_share=table["depth_share"].round(4),
+        log_probability=table["log_probability"].round(2).astype("float32"),
+        prediction_probability=table["prediction_probability"].astype("float32"))

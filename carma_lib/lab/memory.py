@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from carma_lib.lab.settings import Settings
+from carma_lib.lab.recipe import Recipe
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
@@ -58,32 +58,32 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def estimate_memory(config: PretrainedConfig, settings: Settings, *, tokens: int) -> MemoryEstimate:
+def estimate_memory(config: PretrainedConfig, recipe: Recipe, *, tokens: int) -> MemoryEstimate:
     """The estimate of the module's formula. tokens: of the longest row with its prompt."""
     everything, linear, widths = _count(type(config), config.to_json_string(use_diff=False))
-    adapter = settings.lora_rank * widths
-    if settings.adapter == "none":
-        weights, trained = everything * 4 + (linear * 2 if settings.bf16 else 0), everything
-    elif settings.adapter == "qlora":
+    adapter = recipe.lora_rank * widths
+    if recipe.adapter == "none":
+        weights, trained = everything * 4 + (linear * 2 if recipe.bf16 else 0), everything
+    elif recipe.adapter == "qlora":
         weights, trained = 0.52 * linear + 2 * (everything - linear) + 4 * adapter, adapter
     else:
-        weights, trained = everything * (2 if settings.bf16 else 4) + 4 * adapter, adapter
-    shards = settings.processes
+        weights, trained = everything * (2 if recipe.bf16 else 4) + 4 * adapter, adapter
+    shards = recipe.processes
     return MemoryEstimate(int(weights / shards), 4 * trained // shards, 8 * trained // shards,
-                          _activations(config, settings, tokens))
+                          _activations(config, recipe, tokens))
 
 
-def _activations(config: PretrainedConfig, settings: Settings, tokens: int) -> int:
-    text, number = config.get_text_config(), 2 if settings.bf16 else 4
-    width, rows = text.hidden_size, settings.rows_a_pass
+def _activations(config: PretrainedConfig, recipe: Recipe, tokens: int) -> int:
+    text, number = config.get_text_config(), 2 if recipe.bf16 else 4
+    width, rows = text.hidden_size, recipe.rows_a_pass
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
     block = rows * tokens * (6 * width * 4 + (6 * width + 5 * inner) * number)
     if getattr(text, "_attn_implementation", None) == "eager":
         block += rows * text.num_attention_heads * tokens**2 * 3 * number
     blocks = text.num_hidden_layers * block
-    if settings.gradient_checkpointing:
+    if recipe.activation_checkpointing:
         blocks = text.num_hidden_layers * rows * tokens * width * 4 + block
-    terms = len(settings.carma.layers) * rows * tokens * (12 * width + 12 * tokens)
+    terms = len(recipe.carma.for_depth(text.num_hidden_layers).layers) * rows * tokens * (12 * width + 12 * tokens)
     return blocks + rows * text.vocab_size * 12 + terms
 
 
@@ -141,62 +141,62 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def check_loading(name: str, config: PretrainedConfig, settings: Settings) -> None:
+def check_loading(name: str, config: PretrainedConfig, recipe: Recipe) -> None:
     """Whether a start can be read into main memory, on its way to a GPU or not; quantised ones go in parts.
 
     Raises `NotEnoughMemory`.
     """
-    if settings.adapter == "qlora":
+    if recipe.adapter == "qlora":
         return
-    needed = _count(type(config), config.to_json_string(use_diff=False)).everything * settings.start_dtype.itemsize
+    size = 2 if recipe.bf16 and recipe.adapter != "none" else 4
+    needed = size * _count(type(config), config.to_json_string(use_diff=False)).everything
     if needed > (free := _main_memory()):
         raise NotEnoughMemory(f"'{name}' takes {needed / GIB:.1f} GiB of main memory to load, and {free / GIB:.1f} GiB "
                               "are free; take a smaller model or a machine with more memory")
 
 
-def _cheaper(settings: Settings) -> Iterator[tuple[str, Settings]]:
+def _cheaper(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """What to try where a training will not fit, the least change of method first."""
-    rows = settings.rows_a_pass
-    parts = next((each for each in (8, 4, 2) if rows % each == 0), 1) * settings.accumulation
-    smaller = replace(settings, accumulation=parts, gradient_checkpointing=True)
-    yield f"accumulation={parts}", replace(settings, accumulation=parts)
-    yield "gradient_checkpointing=True", replace(settings, gradient_checkpointing=True)
-    yield f"accumulation={parts} and gradient_checkpointing=True", smaller
-    if settings.adapter == "none":
-        yield "adapter='lora'", replace(settings, adapter="lora")
-        yield "adapter='lora', gradient_checkpointing=True", replace(smaller, adapter="lora",
-                                                                     accumulation=settings.accumulation)
-    if settings.adapter != "qlora" and settings.processes == 1:
-        name = f"adapter='qlora', accumulation={parts} and gradient_checkpointing=True"
-        yield name, replace(smaller, adapter="qlora")
+    rows = recipe.rows_a_pass
+    parts = next((each for each in (8, 4, 2) if rows % each == 0), 1) * recipe.accumulation
+    smaller = recipe.but(accumulation=parts, activation_checkpointing=True)
+    yield f"accumulation={parts}", recipe.but(accumulation=parts)
+    yield "activation_checkpointing=True", recipe.but(activation_checkpointing=True)
+    yield f"accumulation={parts} and activation_checkpointing=True", smaller
+    if recipe.adapter == "none":
+        yield "adapter='lora'", recipe.but(adapter="lora")
+        yield "adapter='lora', activation_checkpointing=True", smaller.but(adapter="lora", accumulation=recipe.accumulation)
+    if recipe.adapter != "qlora" and recipe.processes == 1 and not recipe.small and torch.cuda.is_available():
+        name = f"adapter='qlora', accumulation={parts} and activation_checkpointing=True"
+        yield name, smaller.but(adapter="qlora")
 
 
-def _sharing(settings: Settings) -> int:
+def _sharing(recipe: Recipe) -> int:
     """Processes of one training that share a memory: each has a GPU of its own, or all are on the CPU."""
-    return 1 if torch.cuda.is_available() else settings.processes
+    return 1 if torch.cuda.is_available() else recipe.processes
 
 
-def memory_table(config: PretrainedConfig, settings: Settings, *, tokens: int, workers: int = 1) -> pd.DataFrame:
-    """Settings as asked for, then cheaper ones: GiB of each part for all `workers`, total, and whether it fits."""
+def memory_table(config: PretrainedConfig, recipe: Recipe, *, tokens: int, workers: int = 1) -> pd.DataFrame:
+    """The recipe as asked for, then cheaper ones: GiB of each part for all `workers`, total, and whether it fits."""
     free, _ = available_memory()
     rows = []
-    for name, each in (("as asked for", settings), *_cheaper(settings)):
+    for name, each in (("as asked for", recipe), *_cheaper(recipe)):
         estimate, times = estimate_memory(config, each, tokens=tokens), workers * _sharing(each)
         rows.append({"settings": name, **{part: times * getattr(estimate, part) / GIB for part in (
             "weights", "gradients", "optimizer", "activations", "total")}, "fits": times * estimate.total < free})
     return pd.DataFrame(rows)
 
 
-def check_memory(config: PretrainedConfig, settings: Settings, *, tokens: int, workers: int = 1) -> MemoryEstimate:
+def check_memory(config: PretrainedConfig, recipe: Recipe, *, tokens: int, workers: int = 1) -> MemoryEstimate:
     """The estimate of one training, where `workers` of them fit at a time.
 
     Raises `NotEnoughMemory` otherwise, naming the first cheaper settings that fit.
     """
     free, where = available_memory()
-    estimate, processes = estimate_memory(config, settings, tokens=tokens), _sharing(settings)
+    estimate, processes = estimate_memory(config, recipe, tokens=tokens), _sharing(recipe)
     if workers * processes * estimate.total < free:
         return estimate
-    table = memory_table(config, settings, tokens=tokens, workers=workers)
+    table = memory_table(config, recipe, tokens=tokens, workers=workers)
     fitting = table[table.fits]
     if workers > 1 and processes * estimate.total < free:
         way_out = f"workers={max(1, free // (processes * estimate.total))} does"

@@ -107,6 +107,12 @@ def write_results(frame: pd.DataFrame, path: str | os.PathLike) -> Path:
     return Path(path)
 
 
+def at_the_end(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table at the end of each task's training, and those of untuned models."""
+    last = results.groupby("task", observed=True)["budget"].transform("max")
+    return results[(results["budget"] == last) | (results["budget"] == 0)]
+
+
 def read_results(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> pd.DataFrame:
     """One long table from Parquet files and folders (searched for `results*.parquet` at any depth).
 

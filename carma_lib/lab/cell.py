@@ -1,0 +1,144 @@
+"""A cell: one training and its tests, with its key, its folder, and the marks by which it is known to be done.
+
+A run folder holds `data/<task>/`, `starts/` (tokenizers and base models of small starts) and `cells/<place>/`:
+`model/`, `history.csv`, `trained.json` (written last by the training), `answers.parquet`, `measures.parquet`,
+`tested.json` (written last by the tests), `attempts.jsonl`, and `work/` while it is trained.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from carma_lib.files import check_folder, fingerprint, read_json, write_json
+from carma_lib.lab.recipe import Recipe, Testing
+from carma_lib.methods import METHODS, check_method
+from carma_lib.tasks import read_card, task_named
+
+#: Raise one when a training, or the tests, come to something else with the same settings and data.
+#: Training and testing 2: another draw of the negatives, from the same distribution.
+TRAINING_RULES, TESTING_RULES = 2, 2
+RULES = f"{TRAINING_RULES}.{TESTING_RULES}"
+#: A cell's facts in tables.
+FACTS = ("cell", "task", "model", "start", "training_items", "method", "seed", "learning_rate", "strength", "change",
+         "value", "layers", "width", "trial")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its tests: task × model × method × strength × seed × recipe.
+
+    strength: the method's main hyperparameter, None for its default (for CARMA, the recipe's λ). change: a setting
+    that differs from the rest of a study, and its value, as tables name them. trial: tested on validation rows alone,
+    to choose a strength. `ValueError` for an unknown task or method, or a seed outside 0 … 2³² − 1.
+    """
+
+    task: str
+    method: str
+    seed: int
+    recipe: Recipe
+    strength: float | None = None
+    change: tuple[str, str] = ("", "")
+    trial: bool = False
+
+    def __post_init__(self) -> None:
+        task_named(self.task)
+        check_method(self.method)
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")
+        if self.strength is not None and (METHODS[self.method].strength is None or not self.strength > 0):
+            raise ValueError(f"strength of {self.method} must be above 0, and fine_tuning has none; not {self.strength}")
+
+    @property
+    def key(self) -> str:
+        """Ten digits that differ between any two trainings."""
+        return fingerprint(self.task, self.method, self.seed, self.strength, self.change, self.trial,
+                           self.recipe.training_mark())[:10]
+
+    @property
+    def model(self) -> str:
+        """A short name of the start and, for small models, the shape: "llama-4x128", "smollm2-135m"."""
+        recipe = self.recipe
+        if recipe.small:
+            start = "" if recipe.start == "random" else f"{recipe.start}-"
+            return f"{start}{recipe.family}-{recipe.layers}x{recipe.width}"
+        return Path(recipe.start).name
+
+    @property
+    def place(self) -> Path:
+        """Its folder's place under `cells/`."""
+        return Path(self.task) / self.model / self.method / f"seed-{self.seed}-{self.key}"
+
+    @property
+    def name(self) -> str:
+        """What people read: model/task/method/seed."""
+        strength = "" if self.strength is None else f" {METHODS[self.method].strength}={self.strength:g}"
+        change = " {}={}".format(*self.change) if self.change[0] else ""
+        return f"{self.model}/{self.task}/{self.method}{strength}{change}/seed-{self.seed}"
+
+    @property
+    def untuned(self) -> bool:
+        return self.method == "untuned"
+
+    def facts(self) -> dict[str, Any]:
+        """Its columns in tables, by `FACTS`."""
+        recipe = self.recipe
+        return dict(zip(FACTS, (
+            self.key, self.task, self.model, recipe.start, recipe.training_items, self.method, self.seed,
+            recipe.learning_rate, self.strength, *self.change, recipe.layers, recipe.width, self.trial)))
+
+
+def save_plan(folder: Path, cells: Iterable[Cell]) -> None:
+    """Write a run folder's cells, so that a later notebook goes on with the same ones (`read_plan`)."""
+    write_json(folder / "cells" / "plan.json", [
+        {"task": cell.task, "method": cell.method, "seed": cell.seed, "strength": cell.strength, "change": cell.change,
+         "trial": cell.trial, "recipe": dict(cell.recipe)} for cell in cells])
+
+
+def read_plan(folder: Path, **tests: Any) -> list[Cell]:
+    """The cells that `save_plan` wrote, with some settings of their tests changed.
+
+    `FileNotFoundError` if there are none, `ValueError` for a wrong setting.
+    """
+    plan = read_json(folder / "cells" / "plan.json")
+    if plan is None:
+        raise FileNotFoundError(f"no cells in {folder}: run notebook 02 first")
+    if training := [name for name in tests if name not in Testing.model_fields]:
+        raise ValueError(f"'{training[0]}' is no setting of the tests; there are {', '.join(Testing.model_fields)}")
+    return [Cell(**{**facts, "change": tuple(facts["change"]), "recipe": Recipe(**{**facts["recipe"], **tests})})
+            for facts in plan]
+
+
+def cell_folder(folder: Path, cell: Cell) -> Path:
+    """Where a cell lies in a run folder."""
+    return folder / "cells" / cell.place
+
+
+def training_mark(folder: Path, cell: Cell) -> str:
+    """What a finished training is known by, beside the version of its rules: the cell and the content of its data."""
+    tasks = (cell.task, *(cell.recipe.tokenizer_tasks if cell.recipe.small else ()))
+    return fingerprint(cell.key, [read_card(folder / "data" / task)["content"] for task in tasks])
+
+
+def testing_mark(folder: Path, cell: Cell) -> str:
+    """What finished tests are known by, beside the versions of the rules: the training's mark and the tests' settings."""
+    return fingerprint(training_mark(folder, cell), cell.recipe.testing_mark())
+
+
+def is_trained(folder: Path, cell: Cell) -> bool:
+    """Whether the cell's model, made from these settings and data by these rules, is whole (an untuned one always)."""
+    if cell.untuned:
+        return True
+    own = cell_folder(folder, cell)
+    facts = read_json(own / "trained.json")
+    return (bool(facts) and (facts["mark"], facts["rules"]) == (training_mark(folder, cell), TRAINING_RULES)
+            and not check_folder(own / "model"))
+
+
+def is_tested(folder: Path, cell: Cell) -> bool:
+    """Whether the cell's tables, made from these settings and data by these rules, are whole in its folder."""
+    own = cell_folder(folder, cell)
+    facts = read_json(own / "tested.json")
+    return (bool(facts) and (facts["mark"], facts["rules"]) == (testing_mark(folder, cell), RULES)
+            and all((own / name).is_file() and (own / name).stat().st_size == size for name, size in facts["sizes"].items()))

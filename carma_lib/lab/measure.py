@@ -1,0 +1,119 @@
+"""What a cell measures besides its answers: hidden states and plain text, before and after training."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from carma_lib.collate import Collator
+from carma_lib.lab.cell import Cell
+from carma_lib.lab.drift import hidden_state_drift, perplexity
+from carma_lib.lab.evaluate import asked_rows, split_prompts
+from carma_lib.lab.mechanism import (additive_structure, final_states, part_matrix, read_out_accuracy,
+                                     token_mutual_information)
+from carma_lib.lab.start import rows_of, start_model, text_rows, tokenizer_of
+from carma_lib.lab.train import measure
+from carma_lib.tasks.controlled.lexicon import controlled_synonyms
+
+TEXT_BATCH, TEXT_STEP = 64, 5  # every fifth validation text is enough for a perplexity
+
+
+def seen_split(folder: Path, cell: Cell) -> str:
+    """The test split whose combinations training has shown, or the task's only one."""
+    rows = rows_of(folder, cell.task)
+    return "test_seen" if "test_seen" in rows else next(name for name in rows if name.startswith("test"))
+
+
+def measured(folder: Path, cell: Cell, model: Any) -> list[dict[str, Any]]:
+    """The recipe's measures of a trained model and of its start, and how far it went from there."""
+    wanted = cell.recipe.measures
+    if not wanted or cell.untuned:
+        return []
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=cell.recipe.bf16):
+        found = [*_before(folder, cell), *_measures(folder, cell, model, "after")]
+        if "drift" in wanted:
+            start = start_model(folder, cell).to(next(model.parameters()).device)
+            drift = hidden_state_drift(model, start, _batches(folder, cell))
+            found += [measure(name, value, layer=layer) for name in ("drift", "cosine", "cka")
+                      for layer, value in zip(drift["layer"], drift[name])]
+    return found
+
+
+def _batches(folder: Path, cell: Cell) -> list[dict[str, torch.Tensor]]:
+    return split_prompts(folder, cell, seen_split(folder, cell), first=cell.recipe.measured_items).batches
+
+
+_known_before: dict[tuple, list[dict[str, Any]]] = {}
+
+
+def _before(folder: Path, cell: Cell) -> list[dict[str, Any]]:
+    """The measures of the start, the same for every method; random weights are told apart by their seed."""
+    recipe = cell.recipe
+    start = (recipe.start, recipe.family, recipe.layers, recipe.width, recipe.heads, cell.seed) if recipe.small else recipe.start
+    key = (folder, cell.task, start, recipe.testing_mark(), recipe.validation_items)
+    if key not in _known_before:
+        model = start_model(folder, cell)
+        if torch.cuda.is_available():
+            model.to("cuda")
+        _known_before[key] = _measures(folder, cell, model, "before")
+    return _known_before[key]
+
+
+def _measures(folder: Path, cell: Cell, model: Any, when: str) -> list[dict[str, Any]]:
+    found, wanted = [], cell.recipe.measures
+    if "structure" in wanted and "test_held_out" in rows_of(folder, cell.task):
+        found += [measure(f"{name}_{when}", value, layer=layer)
+                  for name, values in _structure(folder, cell, model).items() for layer, value in enumerate(values)]
+    if "information" in wanted:
+        found += [measure(f"token_mutual_information_{when}", value, layer=layer - 1)
+                  for layer, value in enumerate(token_mutual_information(model, _batches(folder, cell)))]
+    if "perplexity" in wanted:
+        found.append(measure(f"perplexity_{when}", perplexity(model, _text_batches(folder, cell))))
+    return found
+
+
+def _structure(folder: Path, cell: Cell, model: Any) -> dict[str, list[float]]:
+    """Additive structure over the test items, and a read-out fitted on validation rows and tested, by layer."""
+    splits = ("validation", "test_seen", "test_held_out")
+    asked = {split: split_prompts(folder, cell, split) for split in splits}
+    states = {split: final_states(model, prompts.batches, prompts.places) for split, prompts in asked.items()}
+    parts = _parts(folder, cell)
+    found: dict[str, list[float]] = {name: [] for name in (
+        "variance_explained", "angle", "read_out_seen", "read_out_held_out")}
+    fitted = asked["validation"].targets + asked["test_seen"].targets[::2]
+    for layer in range(len(states["validation"])):
+        both = np.concatenate([states[split][layer] for split in splits[1:]])
+        explained, cosine = additive_structure(both, parts)
+        found["variance_explained"].append(explained)
+        found["angle"].append(cosine)
+        known = np.concatenate([states["validation"][layer], states["test_seen"][layer][::2]])
+        for split, rest in (("test_seen", slice(1, None, 2)), ("test_held_out", slice(None))):
+            found["read_out_" + split.removeprefix("test_")].append(read_out_accuracy(
+                known, fitted, states[split][layer][rest], asked[split].targets[rest]))
+    return found
+
+
+_known_parts: dict[tuple, np.ndarray] = {}
+
+
+def _parts(folder: Path, cell: Cell) -> np.ndarray:
+    key = (folder, cell.task, cell.recipe.test_items)
+    if key not in _known_parts:
+        texts = [text for split in ("test_seen", "test_held_out") for text in asked_rows(folder, cell, split)["text"]]
+        _known_parts[key] = part_matrix(texts, controlled_synonyms())
+    return _known_parts[key]
+
+
+_known_texts: dict[tuple, list[dict[str, torch.Tensor]]] = {}
+
+
+def _text_batches(folder: Path, cell: Cell) -> list[dict[str, torch.Tensor]]:
+    tasks, tokenizer = cell.recipe.tokenizer_tasks or (cell.task,), tokenizer_of(folder, cell)
+    key = (folder, tasks, id(tokenizer))
+    if key not in _known_texts:
+        rows = sorted(text_rows(folder, tasks, cell, "validation")[::TEXT_STEP], key=lambda row: len(row["input_ids"]))
+        collate = Collator(tokenizer)
+        _known_texts[key] = [collate(rows[first:first + TEXT_BATCH]) for first in range(0, len(rows), TEXT_BATCH)]
+    return _known_texts[key]

@@ -1,0 +1,274 @@
+"""How a cell is trained and tested: every setting checked at the door, gaps filled from the model table."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pandas as pd
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from carma_lib.files import fingerprint
+from carma_lib.losses import CarmaConfig
+from carma_lib.model_table import settings_for
+from carma_lib.models import SMALL_FAMILIES, load_config, native_bf16
+from carma_lib.pooling import PROTOCOLS
+
+SMALL_STARTS = ("random", "base")
+Level = Literal["word", "phrase"]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Layers = Annotated[tuple[int, int], BeforeValidator(_tuple)]
+
+
+class _Strict(BaseModel):
+    """Settings that refuse an unknown name or a value of another type or range in one line (`ValueError`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_one_line(error, type(self))) from None
+
+    def but(self, **changes: Any):
+        """These settings with some changed, checked again."""
+        return type(self)(**{**dict(self), **changes})
+
+
+def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting '{name}'; there are {', '.join(sorted(kind.model_fields))}"
+    why = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{why}" if not name else f"'{name}' must be {why}, not {first['input']!r}"
+
+
+class Training(_Strict):
+    """How a cell's model is made.
+
+    start: "random" weights of a small model, "base" for such a model trained on plain text first, else the name,
+    hub id or folder of a pretrained model. family, layers, width, heads, vocabulary_size: of a small model; its
+    tokenizer (and base model) is made of the training texts of `tokenizer_tasks`, without any of the cell's task.
+    base_steps, base_learning_rate: of the language modelling that makes a base model.
+
+    steps, or epochs over the training rows. batch_size: rows of a step, over `accumulation` micro-batches and
+    `processes` (above 1: FSDP through torchrun). schedule: "linear" decay after `warmup_steps`, or "constant";
+    gradient norm 1.0. keep: the checkpoint that is "best" on `validation_items` validation rows in `evaluations`
+    looks, or the "last" step. test_at: steps before the end at which the test items are asked too; with a constant
+    schedule each is what a training of that length gives. training_items: rows of a seeded shuffle, 0 for all.
+    level: constituents of the mutual-information term. precision: "bf16" is mixed (float32 weights); "auto" is bf16
+    for a pretrained model where the processor computes it natively. adapter: "lora" of `lora_rank` on a frozen start,
+    "qlora" on a start of 4 bits (CUDA). threads: of one training on a CPU, fixed because sums depend on it.
+    carma_weight to similarity: `CarmaConfig`. What is None is open: see `recipe_for`.
+    """
+
+    start: Annotated[str, Field(min_length=1)] = "random"
+    family: Literal[SMALL_FAMILIES] = "llama"
+    layers: Positive = 4
+    width: Positive = 128
+    heads: Positive = 4
+    vocabulary_size: Annotated[int, Field(ge=258)] = 800
+    tokenizer_tasks: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
+    base_steps: Positive = 1000
+    base_learning_rate: Annotated[float, Field(gt=0)] = 0.002
+    steps: Positive | None = None
+    epochs: Positive | None = None
+    batch_size: Positive | None = None
+    accumulation: Positive = 1
+    processes: Positive = 1
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    warmup_steps: Count | None = None
+    schedule: Literal["linear", "constant"] = "linear"
+    keep: Literal["best", "last"] = "best"
+    evaluations: Positive = 4
+    test_at: Annotated[tuple[Positive, ...], BeforeValidator(_tuple)] = ()
+    training_items: Count = 0
+    validation_items: Positive = 500
+    level: Level = "word"
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    activation_checkpointing: bool = False
+    adapter: Literal["none", "lora", "qlora"] = "none"
+    lora_rank: Positive = 16
+    threads: Positive = 1
+    carma_weight: Annotated[float, Field(ge=0, le=1)] | None = None
+    mi_weight: Annotated[float, Field(ge=0, le=1)] | None = None
+    stability_weight: Annotated[float, Field(ge=0, le=1)] | None = None
+    mi_layers: Layers | None = None
+    stability_layers: Layers | None = None
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    num_negatives: Positive | None = 5
+    similarity: Literal["cosine", "dot"] = "cosine"
+
+
+class Testing(_Strict):
+    """Under what a cell's model is tested.
+
+    test_splits: of the task, every test split if empty; changed_splits: of these, those whose texts are also replaced
+    and pooled, all if empty. rates: shares of content words replaced, the same texts for all models; adversary_rate:
+    above 0, also the replacement with the highest loss among `adversary_tries`. depth_shares: where pooling starts,
+    as shares of depth. test_items: first so many of each split, 0 for all; pooled_items: of these, the first so many
+    are pooled and asked by the adversary, 0 for all. Items whose answer is not one token of a pretrained start do not
+    count. measures: of hidden states and texts, after training and before: "drift", "perplexity", "information"
+    (between a word's tokens), "structure" (sums of parts and read-outs; tasks with held-out combinations),
+    over the first `measured_items` seen test items, 0 for `test_items`. keep_model: keep the trained weights.
+    """
+
+    test_splits: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
+    changed_splits: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
+    rates: Annotated[tuple[Share, ...], BeforeValidator(_tuple)] = (0.1, 0.25, 0.4)
+    replacement_seed: Count = 0
+    adversary_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    adversary_tries: Positive = 8
+    depth_shares: Annotated[tuple[Share, ...], BeforeValidator(_tuple)] = (0.5, 0.75, 1.0)
+    protocols: Annotated[tuple[Literal[PROTOCOLS], ...], BeforeValidator(_tuple)] = PROTOCOLS
+    levels: Annotated[tuple[Level, ...], BeforeValidator(_tuple)] = ("word", "phrase")
+    test_items: Count = 0
+    pooled_items: Count = 0
+    measures: Annotated[tuple[Literal["drift", "perplexity", "information", "structure"], ...],
+                        BeforeValidator(_tuple)] = ("drift", "perplexity")
+    measured_items: Count = 200
+    evaluation_batch: Positive = 64
+    keep_model: bool = True
+
+
+_CARMA = ("carma_weight", "mi_weight", "stability_weight", "mi_layers", "stability_layers", "temperature",
+          "num_negatives", "similarity")
+#: What may be left open, and the values of small models. CARMA's weights are the published code's.
+OPEN = {"batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 100, "carma_weight": 0.2, "mi_weight": 0.2,
+        "stability_weight": 0.3, "mi_layers": None, "stability_layers": None}
+
+
+class Recipe(Training, Testing):
+    """One recipe of a cell: `Training` and `Testing`. Raises `ValueError` in one line for what cannot be done."""
+
+    def model_post_init(self, _: Any) -> None:
+        if self.steps and self.epochs:
+            raise ValueError("steps and epochs are both given; leave one of them out")
+        if self.batch_size and self.batch_size % (self.accumulation * self.processes):
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation × processes = "
+                             f"{self.accumulation * self.processes}")
+        if self.adapter == "qlora" and (self.processes > 1 or self.small):
+            raise ValueError("adapter 'qlora' needs a pretrained start and processes=1; take 'lora' elsewhere")
+        if self.small and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.depth_shares and not (self.protocols and self.levels):
+            raise ValueError("pooling needs protocols and levels; leave depth_shares empty for none")
+        for name in ("test_splits", "changed_splits", "rates", "depth_shares", "protocols", "levels", "measures", "test_at"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names something twice: {list(values)}")
+        if trained := [name for name in self.test_splits + self.changed_splits if not name.startswith("test")]:
+            raise ValueError(f"'{trained[0]}' is no test split; models are tested on splits that begin with 'test'")
+        if self.steps and self.test_at and max(self.test_at) > self.steps:
+            raise ValueError(f"test_at names step {max(self.test_at)}, the training ends at {self.steps}")
+        if self.steps and self.warmup_steps and self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, longer than the training of {self.steps} steps")
+        if self.small:
+            self.carma.for_depth(self.layers)
+
+    @property
+    def small(self) -> bool:
+        """Whether the start is a small model of this project, not a pretrained one."""
+        return self.start in SMALL_STARTS
+
+    @property
+    def carma(self) -> CarmaConfig:
+        """The two terms."""
+        given = {name: getattr(self, name) for name in _CARMA}
+        return CarmaConfig(**{name: OPEN[name] if value is None and name in OPEN else value
+                              for name, value in given.items()})
+
+    @property
+    def rows_a_pass(self) -> int:
+        """Rows of one forward pass of one process."""
+        return self.batch_size // (self.accumulation * self.processes)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether matrix products run in bf16."""
+        return self.precision == "bf16" or (self.precision == "auto" and not self.small and native_bf16())
+
+    def training_steps(self, rows: int) -> int:
+        """Steps of a training on so many rows: `steps`, or `epochs` passes, the last batch of each not full."""
+        return self.epochs * math.ceil(rows / self.batch_size) if self.epochs else self.steps
+
+    def training_mark(self) -> str:
+        """Changes when any setting of the training does."""
+        return fingerprint({name: getattr(self, name) for name in Training.model_fields if name != "evaluations"
+                            or self.keep == "best"})
+
+    def testing_mark(self) -> str:
+        """Changes when any setting of the tests does."""
+        return fingerprint({name: getattr(self, name) for name in Testing.model_fields
+                            if name not in ("keep_model", "evaluation_batch")})
+
+
+class Filled(NamedTuple):
+    """A recipe without gaps, the seeds, and where each value that was left open came from.
+
+    published: for this model and task; published default: the published code's, for every model; ours.
+    """
+
+    recipe: Recipe
+    seeds: tuple[int, ...]
+    sources: dict[str, str]
+
+    def table(self) -> pd.DataFrame:
+        """Value and source (given, published, published default, ours) of the settings that may be left open."""
+        length = "epochs" if self.recipe.epochs else "steps"
+        rows = {"seeds": self.seeds, **{name: getattr(self.recipe, name) for name in (length, *OPEN)}}
+        return pd.DataFrame([{"setting": name, "value": str(value).strip("()"), "source": self.sources.get(name, "given")}
+                             for name, value in rows.items()])
+
+
+def recipe_for(kind: str, settings: Mapping[str, Any], *, seeds: tuple[int, ...] = ()) -> Filled:
+    """The recipe of a kind of task; what the settings leave open comes from the model table.
+
+    settings: fields of `Recipe`; a value may be a mapping kind → value. A pretrained start fills gaps from the model
+    table (published where something is published, else scaled from its depth), a small one from `OPEN` and needs
+    `steps` or `epochs`. seeds: empty to take them from the table too.
+
+    Raises `ValueError` for an unknown or wrong setting or a gap that nothing fills, `ModelNotFound` if the start
+    cannot be had.
+    """
+    chosen = {name: value for name, value in settings.items() if not isinstance(value, Mapping)}
+    chosen |= {name: value[kind] for name, value in settings.items() if isinstance(value, Mapping) and kind in value}
+    for name in settings:
+        if name not in Recipe.model_fields:
+            Recipe(**{name: None})
+    recipe = Recipe(**{name: value for name, value in chosen.items() if value is not None or name == "num_negatives"})
+    gaps = [name for name in OPEN if getattr(recipe, name) is None]
+    length_open = not (recipe.steps or recipe.epochs)
+    if recipe.small:
+        if length_open:
+            raise ValueError(f"no steps or epochs for {kind}: give one")
+        if not seeds:
+            raise ValueError("no seeds: give some, or a pretrained start for which the model table has them")
+        carma = recipe.carma.for_depth(recipe.layers)
+        values = {**OPEN, "mi_layers": carma.mi_layers, "stability_layers": carma.stability_layers}
+        defaults, published = {"carma_weight", "mi_weight", "stability_weight"}, set()
+    else:
+        depth = load_config(recipe.start).get_text_config().num_hidden_layers
+        table = settings_for(recipe.start, kind, num_layers=depth)
+        layers = (0, table.last_layer)
+        values = {**{name: getattr(table, name) for name in OPEN if not name.endswith("_layers")},
+                  "mi_layers": layers, "stability_layers": layers, "epochs": table.epochs}
+        defaults, published = set(table.defaults), set(table.published)
+        gaps += ["epochs"] if length_open else []
+        seeds, sources = (seeds, {}) if seeds else (table.seeds, {"seeds": "published" if "seeds" in published else "ours"})
+        recipe.carma.for_depth(depth)
+    sources = {} if recipe.small else sources
+    for name in gaps:
+        of = "last_layer" if name.endswith("_layers") else name
+        sources[name] = "published" if of in published else "published default" if of in defaults else "ours"
+    return Filled(recipe.but(**{name: values[name] for name in gaps}), tuple(seeds), sources)

@@ -1,0 +1,179 @@
+"""The one function that schedules trainings: `run(cells, folder, client)`."""
+from __future__ import annotations
+
+import contextlib
+import errno
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from distributed import CancelledError, Client, Future, wait
+from distributed.scheduler import KilledWorker
+from tqdm import tqdm
+
+from carma_lib.files import RunError, locked, write_json
+from carma_lib.lab.cell import Cell, cell_folder
+from carma_lib.lab.cluster import local_client
+from carma_lib.lab.start import steps_of
+from carma_lib.lab.worker import Stage, attempts, is_done, one_line, prepare, prepare_base, run_cell
+from carma_lib.tasks import build_task
+from carma_lib.tasks.file import PREFIX as OWN
+
+COLLECT_SECONDS = 30
+
+
+class CellFailed(RuntimeError):
+    """A cell could not be trained or tested; the message names it and why."""
+
+
+def run(cells: Iterable[Cell], folder: Path, client: Client | None = None, *, workers: int | None = None,
+        stage: Stage = "tested", retries: int = 0, errors: Literal["stop", "collect"] = "stop", sharing: int = 1,
+        data: Mapping[str, Mapping[str, Any]] | None = None, done: Callable[[Cell], bool] | None = None,
+        collect: Callable[[], Any] | None = None) -> dict[Cell, str]:
+    """Train and test every cell that is not done; the cells that have no result, each with one line why.
+
+    client: of Dask, else `workers` processes of this machine are started. stage: "trained" stops before the tests.
+    retries: further attempts of a cell that failed; one whose worker is lost runs again beside these. errors: "stop"
+    at the first cell that fails for good (`CellFailed`), or "collect" them. sharing: trainings at a time that share
+    a device, whose memory must hold them. data: a task → parameters of `build_task` for what is not built. done: of
+    a cell that has its result elsewhere. collect: called now and then, and at the end, to gather results so far.
+
+    `folder/cells/status.json` says how far every cell is. `RunError` if the folder is in use, a disk is full, or the
+    connection to the workers is lost; what is done stays done, and the same call goes on from there.
+    """
+    cells = list(dict.fromkeys(cells))
+    if retries < 0:
+        raise ValueError(f"retries is {retries}; it must be at least 0")
+    with locked(folder / "cells" / "lock", busy=f"{folder} is in use by another run; wait for it, or give another folder"):
+        for task in dict.fromkeys(name for cell in cells for name in (cell.task, *cell.recipe.tokenizer_tasks)):
+            if not task.startswith(OWN) or task in (data or {}):
+                build_task(task, folder / "data" / task, **(data or {}).get(task, {}))
+        book = _Book(folder, cells, stage, done or (lambda cell: False))
+        if book.open:
+            with contextlib.nullcontext(client) if client else local_client(workers) as own:
+                _drive(own, book, retries=retries, stop=errors == "stop", sharing=sharing, collect=collect)
+        if collect:
+            collect()
+        return book.failed
+
+
+class _Book:
+    """What is known of every cell, as `status.json` and the progress bar show it."""
+
+    def __init__(self, folder: Path, cells: list[Cell], stage: Stage, elsewhere: Callable[[Cell], bool]) -> None:
+        self.folder, self.stage = folder, stage
+        self.states = {cell: "done" if elsewhere(cell) or is_done(folder, cell, stage) else "open" for cell in cells}
+        self.failed: dict[Cell, str] = {}
+        self.save()
+
+    @property
+    def open(self) -> list[Cell]:
+        return [cell for cell, state in self.states.items() if state == "open"]
+
+    def put(self, cell: Cell, state: str, reason: str = "") -> None:
+        self.states[cell] = state
+        if state == "failed":
+            self.failed[cell] = reason
+            tqdm.write(f"{cell.name} failed: {reason}\n  {cell_folder(self.folder, cell) / 'failure.txt'}")
+
+    def save(self) -> None:
+        cells = {}
+        for cell, state in self.states.items():
+            counts = Counter(line.get("state") for line in attempts(cell_folder(self.folder, cell)))
+            lost = counts["begun"] - counts["done"] - counts["failed"] if state != "open" else 0
+            cells[cell.name] = {"state": state, "attempts": counts["begun"], "lost": lost, "place": cell.place.as_posix(),
+                                **({"reason": self.failed[cell]} if cell in self.failed else {})}
+        states = Counter(self.states.values())
+        write_json(self.folder / "cells" / "status.json", {
+            "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "counts": {**{name: states[name] for name in ("done", "open", "failed")},
+                       "lost": sum(cell["lost"] for cell in cells.values())}, "cells": cells})
+
+
+def _drive(client: Client, book: _Book, *, retries: int, stop: bool, sharing: int, collect: Callable[[], Any] | None) -> None:
+    cells = book.open
+    flight = _submit(client, book, cells, retries=retries, sharing=sharing)
+    collected, pause = time.monotonic(), COLLECT_SECONDS
+    with tqdm(total=len(cells), unit="cell", desc=f"{len(cells)} cells", mininterval=1) as bar:
+        try:
+            while flight:
+                with client.as_current(), contextlib.suppress(TimeoutError):
+                    wait(list(flight), timeout=1, return_when="FIRST_COMPLETED")
+                ended = [future for future in flight if future.done()]
+                for future in ended:
+                    _settle(book, flight.pop(future), future, stop=stop)
+                finished = len(cells) - len(flight)
+                bar.n = round(finished + sum(_share(book.folder, cell) for cell in flight.values()), 1)
+                failed = f"{len(book.failed)} failed" if book.failed else ""
+                bar.set_postfix_str(failed, refresh=False)
+                bar.refresh()
+                if ended:
+                    book.save()
+                if collect and time.monotonic() - collected > pause:
+                    begun = time.monotonic()
+                    collect()
+                    collected = time.monotonic()
+                    pause = max(COLLECT_SECONDS, 20 * (collected - begun))
+        except BaseException:
+            with contextlib.suppress(Exception):
+                client.cancel(list(flight), force=True)
+            book.save()
+            raise
+
+
+def _submit(client: Client, book: _Book, cells: list[Cell], *, retries: int, sharing: int) -> dict[Future, Cell]:
+    """Every cell as a call that begins when what it shares with others is prepared."""
+    folder, stage = book.folder, book.stage
+    shared: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        recipe = cell.recipe
+        start = (recipe.family, recipe.layers, recipe.width) if recipe.small else recipe.start
+        shared.setdefault((cell.task, start, recipe.training_items, recipe.testing_mark()), []).append(cell)
+    ready = {cell: client.submit(prepare, folder, group, min(sharing, len(group)), stage, pure=False, retries=retries)
+             for group in shared.values() for cell in [group[0]]}
+    first_of = {cell: group[0] for group in shared.values() for cell in group}
+    bases: dict[tuple, Future] = {}
+    for cell in cells:
+        if cell.recipe.start == "base":
+            key = (cell.seed, cell.recipe.layers, cell.recipe.width, cell.recipe.tokenizer_tasks or cell.task)
+            if key not in bases:
+                bases[key] = client.submit(prepare_base, folder, cell, ready[first_of[cell]], pure=False, retries=retries)
+    flight = {}
+    for cell in cells:
+        key = (cell.seed, cell.recipe.layers, cell.recipe.width, cell.recipe.tokenizer_tasks or cell.task)
+        after = [ready[first_of[cell]], *([bases[key]] if cell.recipe.start == "base" else [])]
+        flight[client.submit(run_cell, folder, cell, stage, *after, pure=False, retries=retries,
+                             key=f"cell-{cell.key}-{time.monotonic_ns()}")] = cell
+    return flight
+
+
+def _settle(book: _Book, cell: Cell, future: Future, *, stop: bool) -> None:
+    """Enter how a cell ended. `RunError` if no other can go on, `CellFailed` to stop at the first failure."""
+    if future.status == "finished":
+        book.put(cell, "done")
+        return
+    if future.status == "cancelled":
+        raise RunError("the connection to the workers is lost; done cells are kept, the same command goes on")
+    error = future.exception()
+    if isinstance(error, CancelledError):
+        raise RunError("the connection to the workers is lost; done cells are kept, the same command goes on")
+    full = getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+    if full or "No space left on device" in str(error):
+        raise RunError(f"a disk is full, that of {book.folder} unless this names another: {one_line(error)}; free some, "
+                       "then the same command goes on from what is done") from error
+    reason = (f"its worker ended abruptly {error.allowed_failures + 1} times (killed, or out of memory)"
+              if isinstance(error, KilledWorker) else one_line(error))
+    book.put(cell, "failed", reason)
+    if stop:
+        raise CellFailed(f"{cell.name}: {reason}") from error
+
+
+def _share(folder: Path, cell: Cell) -> float:
+    """How much of a cell in work is done, by its training's steps; its tests are not counted."""
+    try:
+        return min(0.9, int((cell_folder(folder, cell) / "step").read_text(encoding="utf-8") or 0) / (steps_of(folder, cell) or 1))
+    except (OSError, ValueError, RunError):
+        return 0.0

@@ -1,0 +1,128 @@
+"""Finished cells' tables as three files: `results.parquet`, `measures.parquet` and `cells.parquet`."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as arrow
+import pyarrow.parquet as parquet
+
+from carma_lib.files import read_json, reading, whole_file
+from carma_lib.lab.cell import FACTS, RULES, Cell, cell_folder, is_tested, testing_mark
+from carma_lib.stats.table import RESULT_COLUMNS, ResultsError
+
+NAMES = ("cells", "measures", "results")
+_TEXT = [name for name, (kind, _) in RESULT_COLUMNS.items() if kind == "category"] + ["cell"]
+
+
+def pack(folder: Path, cells: Iterable[Cell], archive: Path) -> pd.DataFrame:
+    """Put the finished cells of a run folder into an archive's three files, in the order of `cells`; the facts of all.
+
+    What the archive holds of other cells stays.
+    """
+    ready = [cell for cell in dict.fromkeys(cells) if is_tested(folder, cell)]
+    if not ready:
+        return read_facts(archive)
+    facts = pd.DataFrame([{**cell.facts(), **read_json(cell_folder(folder, cell) / "tested.json")} for cell in ready])
+    facts = facts.drop(columns="sizes").astype({"strength": float, "change": str, "value": str, "trial": bool})
+    known = read_facts(archive)
+    stays = known[~known["cell"].isin(facts["cell"])] if len(known) else known
+    tables = {"cells": [pa.Table.from_pandas(part, preserve_index=False) for part in (stays, facts) if len(part)]}
+    for name, file in (("measures", "measures.parquet"), ("results", "answers.parquet")):
+        old = [arrow.dataset(archive / f"{name}.parquet").to_table(
+            filter=arrow.field("cell").isin(list(stays["cell"])))] if len(stays) and (archive / f"{name}.parquet").is_file() else []
+        tables[name] = old + [_part(cell_folder(folder, cell) / file, cell) for cell in ready
+                              if (cell_folder(folder, cell) / file).is_file()]
+    for name in reversed(NAMES):  # the list of cells last: what it names is there
+        if not tables[name]:
+            continue
+        whole = pa.concat_tables(tables[name], promote_options="permissive")
+        with whole_file(archive / f"{name}.parquet") as temporary:
+            parquet.write_table(whole, temporary, compression="zstd", compression_level=15, row_group_size=200_000)
+    return read_facts(archive)
+
+
+def _part(file: Path, cell: Cell) -> pa.Table:
+    with reading(file):
+        table = parquet.read_table(file).replace_schema_metadata(None)
+    return table if "cell" in table.column_names else table.append_column("cell", pa.array([cell.key] * len(table)))
+
+
+def read_facts(archive: Path) -> pd.DataFrame:
+    """The finished cells of an archive, a row each: `FACTS`, mark, rules, budget, seconds; empty if there is none."""
+    file = Path(archive) / "cells.parquet"
+    if not file.is_file():
+        return pd.DataFrame(columns=[*FACTS, "mark", "rules", "budget", "seconds"])
+    with reading(file):
+        return pd.read_parquet(file)
+
+
+def read_cells(archive: Path, *, trials: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """All finished cells of an archive, a row each, and their measures, a row a value in the column `measured`.
+
+    trials: those that chose strengths instead. `ResultsError` if there is none.
+    """
+    cells = read_facts(archive)
+    cells = cells[cells["trial"] == trials].reset_index(drop=True)
+    if cells.empty:
+        raise ResultsError(f"no finished cell in {archive}; run the notebook that trains them first")
+    with reading(Path(archive) / "measures.parquet"):
+        measures = pd.read_parquet(Path(archive) / "measures.parquet").rename(columns={"value": "measured"})
+    return cells, cells[list(FACTS)].merge(measures, on="cell")
+
+
+def in_archive(archive: Path, folder: Path) -> Callable[[Cell], bool]:
+    """Whether an archive holds a cell made from these settings and data, by whatever version of the rules.
+
+    folder: a run folder with the data. Cells of earlier rules are kept, and told of in one line.
+    """
+    known = read_facts(archive)
+    marks = dict(zip(known["cell"], known["mark"]))
+    if older := int((known["rules"] != RULES).sum()):
+        print(f"{older} of {len(known)} cells in {archive} were made by earlier rules than {RULES} and are kept; "
+              "move that folder away to make them again")
+    return lambda cell: cell.key in marks and marks[cell.key] == testing_mark(folder, cell)
+
+
+def cells_of(cells: pd.DataFrame, wanted: Iterable[Cell]) -> pd.DataFrame:
+    """The rows of `read_cells` that belong to these cells; a cell that is not done is left out."""
+    return cells[cells["cell"].isin({cell.key for cell in wanted})]
+
+
+def read_answers(archive: Path, cells: pd.DataFrame, *, conditions: Sequence[str] = ("clean", "replaced", "pooled"),
+                 budgets: Sequence[int] = ()) -> pd.DataFrame:
+    """The answers of some rows of `read_cells` as one result table, with the cells' facts beside.
+
+    conditions, budgets: only these; no budgets for all.
+    """
+    keep = arrow.field("cell").isin(list(cells["cell"])) & arrow.field("condition").isin(list(conditions))
+    if len(budgets):
+        keep &= arrow.field("budget").isin([int(budget) for budget in budgets])
+    with reading(Path(archive) / "results.parquet"):
+        table = arrow.dataset(Path(archive) / "results.parquet").to_table(filter=keep)
+    for name in _TEXT:
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, table.column(name).cast(pa.string()).combine_chunks().dictionary_encode())
+    answers = table.to_pandas().astype({name: kind for name, (kind, _) in RESULT_COLUMNS.items() if kind != "category"})
+    more = ["training_items", "strength", "change", "value"]
+    return answers.merge(cells[["cell", *more]].astype({"cell": answers["cell"].dtype}), on="cell", how="left")
+
+
+def curves(folder: Path, cells: Iterable[Cell]) -> pd.DataFrame:
+    """Training histories of finished trainings, a row a logged step: task, model, start, method, seed, step, losses,
+    `validation_accuracy`. `FileNotFoundError` if there is none."""
+    parts = []
+    for cell in cells:
+        file = cell_folder(folder, cell) / "history.csv"
+        if file.is_file():
+            with reading(file):
+                parts.append(pd.read_csv(file).assign(task=cell.task, model=cell.model, start=cell.recipe.start,
+                                                      method=cell.method, seed=cell.seed))
+    if not parts:
+        raise FileNotFoundError(f"no trained model in {folder}: run notebook 02 first")
+    history = pd.concat(parts, ignore_index=True)
+    for name in ("task_loss", "weighted_task_loss"):  # plain fine-tuning's loss is its task loss
+        history[name] = history[name].fillna(history["loss"]) if name in history else history["loss"]
+    return history
