@@ -132,7 +132,7 @@ def is_trained(folder: Path, cell: Cell) -> bool:
         return True
     own = cell_folder(folder, cell)
     facts = read_json(own / "trained.json")
-    return (bool(facts) and (facts["mark"], facts["rules"]) == (training_mark(folder, cell), TRAINING_RULES)
+    return (bool(facts) and (facts.get("mark"), facts.get("rules")) == (training_mark(folder, cell), TRAINING_RULES)
             and not check_folder(own / "model"))
 
 
@@ -140,5 +140,5 @@ def is_tested(folder: Path, cell: Cell) -> bool:
     """Whether the cell's tables, made from these settings and data by these rules, are whole in its folder."""
     own = cell_folder(folder, cell)
     facts = read_json(own / "tested.json")
-    return (bool(facts) and (facts["mark"], facts["rules"]) == (testing_mark(folder, cell), RULES)
+    return (bool(facts) and (facts.get("mark"), facts.get("rules")) == (testing_mark(folder, cell), RULES)
             and all((own / name).is_file() and (own / name).stat().st_size == size for name, size in facts["sizes"].items()))
