@@ -190,12 +190,18 @@ def _prompts(folder: Path, task: str, split: str, level: str, first: int, texts:
     return prompts_of(rows, tokenizer, prompt, level=level, answer=task_named(task).answer, batch_size=batch_size)
 
 
+def _replacement(cell: Cell, rows: datasets.Dataset) -> dict[str, Any]:
+    """Source and forbidden words of a cell's replaced texts."""
+    own = task_named(cell.task).replacement(rows)
+    return {**own, "source": "ranked"} if cell.recipe.synonyms == "ranked" else own
+
+
 def replacements(folder: Path, cell: Cell, split: str) -> dict[float, tuple[tuple[str, ...], list[int]]]:
     """By rate: the texts of a split with synonyms, and how many words of each were replaced; the same for all models."""
     rows, found = asked_rows(folder, cell, split), {}
     for rate in cell.recipe.rates:
         changed, numbers = replaced_rows(rows, rate=rate, seed=cell.recipe.replacement_seed, cache_dir=folder / "cache",
-                                         **task_named(cell.task).replacement(rows))
+                                         **_replacement(cell, rows))
         found[rate] = (tuple(changed["text"]), numbers)
     return found
 
@@ -208,7 +214,7 @@ def clean_answers(folder: Path, cell: Cell, model: Any, split: str) -> pd.DataFr
 def changed_answers(folder: Path, cell: Cell, model: Any, split: str) -> pd.DataFrame:
     """Answers to the items of a split with synonyms, to the adversary's choice of them, and under pooling."""
     recipe, tokenizer, parts = cell.recipe, tokenizer_of(folder, cell), []
-    source = task_named(cell.task).synonyms
+    source = "ranked" if recipe.synonyms == "ranked" else task_named(cell.task).synonyms
 
     def asked(texts: Sequence[str]) -> pd.DataFrame:
         return answers(model, tokenizer, split_prompts(folder, cell, split, texts=tuple(texts)), bf16=recipe.bf16)
@@ -221,7 +227,7 @@ def changed_answers(folder: Path, cell: Cell, model: Any, split: str) -> pd.Data
         worst = worst_replacements(
             some["text"], rate=recipe.adversary_rate, seeds=range(1, recipe.adversary_tries + 1),
             score=lambda texts: -asked(texts)["log_probability"].to_numpy(), item_ids=some["item_id"],
-            cache_dir=folder / "cache", **task_named(cell.task).replacement(some))
+            cache_dir=folder / "cache", **_replacement(cell, some))
         parts.append(asked([each.text for each in worst]).assign(
             condition="replaced", source="adversary", rate=recipe.adversary_rate, changed=[each.made for each in worst]))
     pooled = recipe.depth_shares and task_named(cell.task).answer == "token"

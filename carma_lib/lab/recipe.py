@@ -114,7 +114,8 @@ class Testing(_Strict):
     """Under what a cell's model is tested.
 
     test_splits: of the task, every test split if empty; changed_splits: of these, those whose texts are also replaced
-    and pooled, all if empty. rates: shares of content words replaced, the same texts for all models; adversary_rate:
+    and pooled, all if empty. rates: shares of content words replaced, the same texts for all models. synonyms: the
+    task's own source, or "ranked", WordNet's candidates ranked in context by one fixed language model. adversary_rate:
     above 0, also the replacement with the highest loss among `adversary_tries`. depth_shares: where pooling starts,
     as shares of depth. test_items: first so many of each split, 0 for all; pooled_items: of these, the first so many
     are pooled and asked by the adversary, 0 for all. Items whose answer is not one token of a pretrained start do not
@@ -126,6 +127,7 @@ class Testing(_Strict):
     test_splits: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
     changed_splits: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
     rates: Annotated[tuple[Share, ...], BeforeValidator(_tuple)] = (0.1, 0.25, 0.4)
+    synonyms: Literal["task", "ranked"] = "task"
     replacement_seed: Count = 0
     adversary_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
     adversary_tries: Positive = 8
