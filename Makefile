@@ -1,5 +1,7 @@
 # make run      the embedded study, end to end (PROFILE=ci|default|sst|…; goes on where it stopped)
 # make test     what CI runs
+# make book     the notebooks, these pages and the reference as a site: build/book/index.html
+# make lab      the notebooks in JupyterLab
 # make bench    timings of the training step
 # make install  .venv with this package; make clean removes runs and caches
 PYTHON ?= python3
@@ -8,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: run install test bench clean
+.PHONY: run install test book lab bench clean
 
 run: install
 	$(BIN)/python -m carma_lib run --profile $(PROFILE) $(if $(findstring --fresh,$(ARGS)),,--resume) $(ARGS)
@@ -24,6 +26,17 @@ $(BIN)/.installed: pyproject.toml
 
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+book: $(BIN)/.installed-book
+	$(BIN)/python -m sphinx --quiet --builder html --conf-dir book . build/book $(ARGS)
+	@echo build/book/index.html
+
+$(BIN)/.installed-book: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[book]"
+	touch $@
+
+lab: install
+	$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/01_data_construction.ipynb $(ARGS)
 
 bench: install
 	$(BIN)/python benchmarks/step.py $(ARGS)

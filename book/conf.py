@@ -4,10 +4,11 @@ The source folder is the repository's root, so that every link that works on the
 """
 import re
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "book")]
 
 import carma_lib  # noqa: E402
 
@@ -16,12 +17,13 @@ copyright = author
 root_doc = "README"
 include_patterns = ["README.md", "CHANGELOG.md", "notebooks/*.ipynb", "book/**.md"]
 exclude_patterns = ["**/.ipynb_checkpoints"]
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sphinx-mathjax-offline"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "docstrings", "sphinx.ext.napoleon", "sphinx_copybutton", "sphinx-mathjax-offline"]
 
 # Notebooks are shown with the outputs that are committed. Nothing is executed.
 nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_dmath_double_inline = True  # $$ begins a displayed formula inside a paragraph too, as in Jupyter
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 
@@ -38,17 +40,11 @@ html_static_path = ["static"]
 html_css_files = ["book.css"]
 html_extra_path = ["extra"]  # index.html, which leads to README.html
 html_copy_source = False
+html_use_index = html_domain_indices = False  # search finds names
 html_theme_options = {"navigation_with_keys": True}
 pygments_style = "friendly"
 
 CONTENTS = """
-```{toctree}
-:hidden:
-:caption: Begin
-book/install
-book/questions
-book/glossary
-```
 ```{toctree}
 :hidden:
 :caption: Notebooks
@@ -57,30 +53,36 @@ notebooks/*
 ```
 ```{toctree}
 :hidden:
-:caption: Use it
-book/own_data
-book/own_training
-book/sft
-book/pretrained
-book/sweeps
-book/colab
-book/extending
-```
-```{toctree}
-:hidden:
 :caption: Look up
-book/study
+book/glossary
 book/rooms
-book/reference
+book/reference/index
 CHANGELOG
 ```
 """
 BADGE = re.compile(r"\[!\[([^\]]*)\]\(https?://[^)]*\)\]\((https?://[^)]*)\)")
+MODULES = re.compile(r"<!-- modules: (.*?) -->")
+
+
+PACKAGE = ROOT / "carma_lib"
+NAMES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+               for path in PACKAGE.rglob("*.py") if path.stem != "__main__")
+
+
+def documented(patterns: str) -> list[str]:
+    """The modules that patterns such as "losses lab.*" name, in that order; a room itself only by its own name."""
+    return [name for pattern in patterns.split() for name in NAMES
+            if name == pattern or (fnmatch(name, pattern) and not (PACKAGE / name.replace(".", "/")).is_dir())]
+
+
+def _modules(comment: re.Match) -> str:
+    return "\n".join(f"## `carma_lib.{name}`\n```{{eval-rst}}\n.. automodule:: carma_lib.{name}\n```\n"
+                     for name in documented(comment[1]))
 
 
 def as_page(app, name, source):
-    """A page as the book shows it: the book's contents after README, and links in place of pictures from the web."""
-    source[0] = BADGE.sub(r"[\1](\2)", source[0])
+    """A page as the book shows it: contents after README, links for badges from the web, modules with docstrings."""
+    source[0] = MODULES.sub(_modules, BADGE.sub(r"[\1](\2)", source[0]))
     if name == root_doc:
         source[0] += CONTENTS
 

@@ -62,3 +62,9 @@ def test_pure_modules_know_no_files(name):
     tree = ast.parse((PACKAGE / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))
     used = {alias.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
     assert not used & {"Path", "pathlib", "os", "whole_file", "papermill", "nbformat", "datasets"}
+
+
+def test_the_drawing_of_the_rooms_is_that_of_the_imports(monkeypatch):
+    monkeypatch.syspath_prepend(PACKAGE.parent / "book")
+    import rooms
+    assert rooms.PICTURE.read_text(encoding="utf-8") == rooms.drawing(), "draw it again: python book/rooms.py"

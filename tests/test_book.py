@@ -1,0 +1,128 @@
+"""The book, built from what is committed and opened in Chromium: whole links and pictures, formulas, search, no sideways scroll."""
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from browser import chromium, errors_of, needs_chromium
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "book"))
+
+
+class Page(HTMLParser):
+    """The ids of a page, and the addresses that it links to or shows."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.shown = set(), set(), set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.ids |= {given[name] for name in ("id", "name") if given.get(name)}
+        self.links |= {given["href"]} if tag == "a" and "href" in given else set()
+        self.shown |= {given["src"]} if "src" in given else {given["href"]} if tag == "link" and "href" in given else set()
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    pytest.importorskip("sphinx")
+    folder = tmp_path_factory.mktemp("book")
+    done = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", ROOT / "book", ROOT,
+                           folder], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def pages(book):
+    return sorted(path for path in book.rglob("*.html") if "_static" not in path.parts)
+
+
+def test_every_notebook_and_page_is_in_it(book):
+    sources = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("book/**/*.md"), ROOT / "README.md"]
+    assert not [path for path in sources if not (book / path.relative_to(ROOT)).with_suffix(".html").is_file()]
+
+
+def test_every_link_has_its_place_and_nothing_comes_from_the_web(book):
+    read = {path: Page(path) for path in pages(book)}
+    broken = []
+    for path, page in read.items():
+        broken += [f"{path.name}: {address} is on the web" for address in page.shown if urlsplit(address).netloc]
+        for address in page.links | page.shown:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                continue
+            aim = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            if not aim.is_file():
+                broken.append(f"{path.name}: {address} is not there")
+            elif parts.fragment and aim in read and unquote(parts.fragment) not in read[aim].ids:
+                broken.append(f"{path.name}: {address} has no such place")
+    assert not broken, "\n".join(broken)
+
+
+def test_the_reference_names_every_module():
+    import conf
+    named = {module for page in (ROOT / "book/reference").glob("*.md")
+             for patterns in re.findall("<!-- modules: (.*?) -->", page.read_text(encoding="utf-8"))
+             for module in conf.documented(patterns)}
+    rooms = {name for name in conf.NAMES if (conf.PACKAGE / name.replace(".", "/")).is_dir()} | {"__init__"}
+    assert set(conf.NAMES) - rooms <= named
+
+
+#: Wait until formulas are drawn, on a page that has some.
+TYPESET = """
+const done = arguments[0];
+(function look() {
+  if (!document.querySelector("script[src*=mathjax]")) done();
+  else if (window.MathJax && MathJax.startup && MathJax.startup.promise) MathJax.startup.promise.then(() => done());
+  else setTimeout(look, 50); })();
+"""
+LOOK = """
+const width = document.documentElement.clientWidth, root = document.documentElement;
+const wide = [...document.querySelectorAll("article *")].filter(each => {
+  if (each.getBoundingClientRect().right <= width + 1) return false;
+  for (let above = each.parentElement; above.tagName !== "ARTICLE"; above = above.parentElement)
+    if (getComputedStyle(above).overflowX !== "visible") return false;
+  return true; }).slice(0, 3).map(each => each.outerHTML.slice(0, 100));
+return {scroll: root.scrollWidth - width, wide: wide,
+  broken: [...document.images].filter(each => !each.complete || !each.naturalWidth).map(each => each.src),
+  raw: [...document.querySelectorAll(".math")].filter(each => !each.querySelector("mjx-container")).length,
+  stray: [...document.querySelectorAll("article p, article li, article td")].filter(each => {
+    if (each.closest("dl.py")) return false;
+    const copy = each.cloneNode(true);
+    copy.querySelectorAll("code, pre, .math").forEach(part => part.remove());
+    return copy.textContent.includes("$"); }).map(each => each.textContent.slice(0, 80)),
+  wrong: document.querySelectorAll("mjx-merror").length};
+"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1200])
+def test_pages_in_chromium(book, tmp_path, width):
+    """Every page on a phone; on a desk those that are laid out otherwise there."""
+    shown = pages(book) if width == 390 else [book / "README.html", book / "notebooks/05_how_carma_works.html"]
+    with chromium(tmp_path, width=width) as driver:
+        driver.set_script_timeout(60)
+        faults = []
+        for page in shown:
+            driver.get(page.as_uri())
+            driver.execute_async_script(TYPESET)
+            found = driver.execute_script(LOOK)
+            found["console"] = errors_of(driver)
+            faults += [f"{page.relative_to(book)}: {name} {value}" for name, value in found.items() if value]
+        assert not faults, "\n".join(faults)
+
+
+@needs_chromium
+def test_search_finds_pages_without_a_server(book, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+    with chromium(tmp_path) as driver:
+        driver.get((book / "search.html").as_uri() + "?q=stability_loss")
+        WebDriverWait(driver, 60).until(lambda page: page.find_elements(By.CSS_SELECTOR, "ul.search li a"))
+        aims = [link.get_attribute("href") for link in driver.find_elements(By.CSS_SELECTOR, "ul.search li a")]
+        assert any("reference/losses.html" in aim for aim in aims) and not errors_of(driver)
