@@ -14,7 +14,7 @@ import test_layout as layout  # noqa: E402
 
 def room_imports() -> dict[str, set[str]]:
     """Every room with the other rooms that its modules import."""
-    found = {layout.room_of(name): set() for name in layout.NAMES}
+    found = {layout.room_of(name): set() for name in sorted(layout.NAMES)}
     for path in layout.MODULES:
         room = layout.room_of(layout.name_of(path))
         for other in layout.imported(path):
