@@ -82,17 +82,18 @@ def attention_maps(maps: Mapping[str, tuple[object, Sequence[str]]], *, most: fl
     Names go beside the rows with their numbers; the columns have the numbers. Darker is more, up to `most`.
     """
     heights = [CELL * len(names) + 0.2 for _, names in maps.values()]
-    figure, panels = plt.subplots(len(maps), 1, figsize=(COLUMN, sum(heights) + 0.65 * len(maps)), squeeze=False,
+    figure, panels = plt.subplots(len(maps), 1, figsize=(COLUMN, sum(heights) + 0.5 * len(maps) + 0.4), squeeze=False,
                                   height_ratios=heights)
     for axes, (title, (weights, names)) in zip(panels.flat, maps.items()):
         beside = [f"{shorten(name, 21, placeholder='…')}  {place}" for place, name in enumerate(names, 1)]
         sns.heatmap(np.asarray(weights), ax=axes, cmap="Blues", vmin=0, vmax=most, linewidths=0.3, linecolor="#eeeeee",
-                    cbar_kws={"label": "weight"}, yticklabels=beside)
-        step = 1 + len(names) // 10
+                    cbar=False, yticklabels=beside)
+        step = 1 + len(names) // 7
         axes.set_xticks(np.arange(0, len(names), step) + 0.5, range(1, len(names) + 1, step), rotation=0)
         axes.tick_params(length=0, labelsize=7)
         axes.set_title(title)
     panels[-1, 0].set_xlabel("position that is read")
+    figure.colorbar(panels[0, 0].collections[0], ax=panels, location="bottom", aspect=30, label="attention weight")
     return figure
 
 
