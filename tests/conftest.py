@@ -1,5 +1,6 @@
 """Shared by all tests: one thread a process, because tests run in two processes on two cores; and real data."""
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +16,48 @@ torch.set_num_threads(1)
 def _missing(what: str) -> None:
     """Without its data a test is a failure in CI and a skip elsewhere."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
+
+
+@pytest.fixture(scope="session")
+def client():
+    """A Dask client whose one worker is a thread of this process, for tests that need no other process."""
+    from distributed import Client
+
+    with Client(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, set_as_default=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A run folder with the rows of both controlled tasks and the tokenizer of their small starts."""
+    from carma_lib.lab.start import tokenizer_of
+    from carma_lib.tasks import build_task
+    from lab_cells import DICTIONARY, SENTIMENT, cell_of
+
+    folder = tmp_path_factory.mktemp("data")
+    for task in (SENTIMENT, DICTIONARY):
+        build_task(task, folder / "data" / task)
+        tokenizer_of(folder, cell_of(task=task))
+    return folder
+
+
+@pytest.fixture
+def folder(data, tmp_path):
+    """A run folder of one test's own, its data made."""
+    shutil.copytree(data, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def trained_run(data, tmp_path_factory, client):
+    """A run folder in which fine-tuning and CARMA of seed 1 are trained and tested; tests only read it."""
+    from carma_lib.lab.run import run
+    from lab_cells import cell_of
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    shutil.copytree(data, folder)
+    assert run([cell_of("fine_tuning"), cell_of("carma")], folder, client) == {}
+    return folder
 
 
 @pytest.fixture(scope="session")

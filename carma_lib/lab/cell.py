@@ -6,12 +6,13 @@ A run folder holds `data/<task>/`, `starts/` (tokenizers and base models of smal
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carma_lib.files import check_folder, fingerprint, read_json, write_json
+from carma_lib.files import RunError, check_folder, fingerprint, read_json, write_json
 from carma_lib.lab.recipe import Recipe, Testing
 from carma_lib.methods import METHODS, check_method
 from carma_lib.tasks import read_card, task_named
@@ -47,8 +48,13 @@ class Cell:
         check_method(self.method)
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")
-        if self.strength is not None and (METHODS[self.method].strength is None or not self.strength > 0):
-            raise ValueError(f"strength of {self.method} must be above 0, and fine_tuning has none; not {self.strength}")
+        if self.strength is not None:
+            most = 1 if METHODS[self.method].strength in ("carma_weight", "smoothing", "rate") else math.inf
+            if (METHODS[self.method].strength is None or type(self.strength) not in (int, float)
+                    or not 0 < self.strength <= most or self.strength == math.inf):
+                raise ValueError(f"strength of {self.method} must be a number above 0{' and at most 1' if most == 1 else ''}, "
+                                 f"and fine_tuning has none; not {self.strength!r}")
+            object.__setattr__(self, "strength", float(self.strength))  # 1 and 1.0 are one cell
 
     @property
     def key(self) -> str:
@@ -131,14 +137,22 @@ def is_trained(folder: Path, cell: Cell) -> bool:
     if cell.untuned:
         return True
     own = cell_folder(folder, cell)
-    facts = read_json(own / "trained.json")
-    return (bool(facts) and (facts.get("mark"), facts.get("rules")) == (training_mark(folder, cell), TRAINING_RULES)
+    return (_known_by(own / "trained.json") == (training_mark(folder, cell), TRAINING_RULES)
             and not check_folder(own / "model"))
 
 
 def is_tested(folder: Path, cell: Cell) -> bool:
     """Whether the cell's tables, made from these settings and data by these rules, are whole in its folder."""
     own = cell_folder(folder, cell)
-    facts = read_json(own / "tested.json")
-    return (bool(facts) and (facts.get("mark"), facts.get("rules")) == (testing_mark(folder, cell), RULES)
-            and all((own / name).is_file() and (own / name).stat().st_size == size for name, size in facts["sizes"].items()))
+    return _known_by(own / "tested.json") == (testing_mark(folder, cell), RULES) and all(
+        (own / name).is_file() and (own / name).stat().st_size == size
+        for name, size in read_json(own / "tested.json")["sizes"].items())
+
+
+def _known_by(file: Path) -> tuple[Any, Any]:
+    """The mark and the rules in a file of facts; one that is absent or damaged has none, so that its cell is made again."""
+    try:
+        facts = read_json(file, keys=("mark", "rules")) or {}
+    except RunError:
+        facts = {}
+    return facts.get("mark"), facts.get("rules")

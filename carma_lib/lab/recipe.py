@@ -206,13 +206,16 @@ class Recipe(Training, Testing):
 
     def training_mark(self) -> str:
         """Changes when any setting of the training does."""
-        return fingerprint({name: getattr(self, name) for name in Training.model_fields if name != "evaluations"
-                            or self.keep == "best"})
+        return self._mark([name for name in Training.model_fields if name != "evaluations" or self.keep == "best"])
 
     def testing_mark(self) -> str:
         """Changes when any setting of the tests does."""
-        return fingerprint({name: getattr(self, name) for name in Testing.model_fields
-                            if name not in ("keep_model", "evaluation_batch")})
+        return self._mark([name for name in Testing.model_fields if name not in ("keep_model", "evaluation_batch")])
+
+    def _mark(self, names: list[str]) -> str:
+        """Of the settings that differ from their defaults, so that a new setting makes no finished cell another one."""
+        fields = type(self).model_fields
+        return fingerprint({name: getattr(self, name) for name in names if getattr(self, name) != fields[name].default})
 
 
 class Filled(NamedTuple):

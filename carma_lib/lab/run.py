@@ -174,6 +174,6 @@ def _settle(book: _Book, cell: Cell, future: Future, *, stop: bool) -> None:
 def _share(folder: Path, cell: Cell) -> float:
     """How much of a cell in work is done, by its training's steps; its tests are not counted."""
     try:
-        return min(0.9, int((cell_folder(folder, cell) / "step").read_text(encoding="utf-8") or 0) / (steps_of(folder, cell) or 1))
+        return min(0.9, int((cell_folder(folder, cell) / "work" / "step").read_text(encoding="utf-8") or 0) / (steps_of(folder, cell) or 1))
     except (OSError, ValueError, RunError):
         return 0.0

@@ -66,7 +66,7 @@ def _train(folder: Path, cell: Cell, own: Path, steps: int) -> Trained:
         model = add_adapter(model, rank=recipe.lora_rank, seed=cell.seed)
     best = recipe.keep == "best"
     resumes = best and _open_work(folder, cell, work)
-    on_the_way = _Tests(folder, cell, steps, own)
+    on_the_way = _Tests(folder, cell, steps, work)
     trainer = make_trainer(
         cell.method, model, _arguments(work, cell, steps), carma=recipe.carma, strength=cell.strength,
         train_dataset=training_rows(folder, cell), eval_dataset=_validation_rows(folder, cell) if best else None,
@@ -107,8 +107,8 @@ def _train(folder: Path, cell: Cell, own: Path, steps: int) -> Trained:
 class _Tests(TrainerCallback):
     """Notes how far a training is, validates it where the trainer does not, and tests it at the steps of `test_at`."""
 
-    def __init__(self, folder: Path, cell: Cell, steps: int, own: Path) -> None:
-        self._of, self._steps, self._own = (folder, cell), steps, own
+    def __init__(self, folder: Path, cell: Cell, steps: int, work: Path) -> None:
+        self._of, self._steps, self._work = (folder, cell), steps, work
         every = max(1, steps // cell.recipe.evaluations)
         self._looks = set() if cell.recipe.keep == "best" else {*range(every, steps + 1, every), *cell.recipe.test_at, steps}
         self._tested = set(cell.recipe.test_at) - {steps}
@@ -119,8 +119,8 @@ class _Tests(TrainerCallback):
     def on_step_end(self, args, state, control, *, model, **unused):
         step = state.global_step
         if step % 10 == 0 and state.is_world_process_zero:
-            self._own.mkdir(parents=True, exist_ok=True)
-            (self._own / "step").write_text(str(step), encoding="utf-8")
+            self._work.mkdir(parents=True, exist_ok=True)
+            (self._work / "step").write_text(str(step), encoding="utf-8")
         folder, cell = self._of
         if step in self._looks:
             accuracy = clean_answers(folder, cell, model, "validation")["correct"].mean()

@@ -48,7 +48,7 @@ def prepare(folder: Path, cells: list[Cell], sharing: int, stage: Stage) -> None
         if not first.recipe.small:
             check_loading(first.recipe.start, config, first.recipe)
         check_memory(config, first.recipe, tokens=max(len(row["input_ids"]) for row in rows), workers=sharing)
-    if stage == "tested":
+    if stage == "tested" and not all(cell.trial for cell in cells):
         for split in first.recipe.changed_splits or test_splits(folder, first):
             replacements(folder, first, split)
 

@@ -1,0 +1,230 @@
+"""`run` and sweeps on real local workers: failures, lost workers, interruptions, and the same tables however it went."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from lab_cells import DICTIONARY, SENTIMENT, SMALL, block, cell_of, kill_one_at_work, states, wait_for
+
+from carma_lib.__main__ import SWEEP_EPILOG, build_parser, main
+from carma_lib.files import RunError, read_json
+from carma_lib.lab.cell import cell_folder, read_plan, save_plan
+from carma_lib.lab.cluster import local_client, read_slurm
+from carma_lib.lab.estimate import estimate
+from carma_lib.lab.plan import read_sweep
+from carma_lib.lab.run import CellFailed, run
+from carma_lib.lab.sweep import Where, plan_text, run_sweep
+from carma_lib.lab.tables import pack, read_cells
+from carma_lib.stats.table import read_results
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = ["cell", "split", "item_id", "budget", "condition", "rate", "start_layer", "protocol", "level", "prediction", "correct",
+           "rank", "log_probability"]
+
+
+def sweep_file(tmp_path, name="small.yml", **changes):
+    """A sweep of tiny cells; None takes a key away."""
+    conditions = {key: SMALL[key] for key in ("rates", "depth_shares", "protocols", "levels", "test_splits", "test_items",
+                                              "pooled_items", "measures")}
+    settings = {key: value for key, value in SMALL.items() if key not in conditions}
+    text = {"run_dir": str(tmp_path / "run"), "tasks": [SENTIMENT], "models": ["random"], "methods": ["fine_tuning", "carma"],
+            "seeds": [1, 2], "settings": settings, "conditions": conditions} | changes
+    plain = yaml.safe_load(yaml.dump({key: value for key, value in text.items() if value is not None}).replace("!!python/tuple", ""))
+    (tmp_path / name).write_text(yaml.safe_dump(plain))
+    return tmp_path / name
+
+
+def table_of(folder):
+    rows = pd.read_parquet(folder / "results.parquet")[COLUMNS]
+    return rows.astype(str).sort_values(COLUMNS).reset_index(drop=True)
+
+
+# -- what a sweep file may not say -----------------------------------------------------------------
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(speed=3), "the file has the unknown key 'speed'; known are run_dir, tasks"),
+    (dict(tasks=[]), "tasks is a list of at least one"), (dict(tasks="sst3"), "tasks is a list"),
+    (dict(tasks=["sst4"]), "unknown task 'sst4'; the tasks are"), (dict(tasks=[[1]]), "tasks holds names"),
+    (dict(methods=["cramming"]), "unknown method 'cramming'; the methods are untuned"),
+    (dict(seeds=[1, 1]), "seeds names something twice"), (dict(seeds=[0.5]), "seeds are whole numbers"),
+    (dict(seeds=[True]), "seeds are whole numbers"), (dict(seeds=[2**32]), "seed must be a whole number"),
+    (dict(run_dir=3), "run_dir is a folder's name"), (dict(run_dir=None), "'run_dir' is missing"),
+    (dict(settings={"stepz": 3}), "unknown setting 'stepz'"), (dict(settings={"steps": "3"}), "'steps' must be a valid integer"),
+    (dict(settings={"steps": {"inverse_dictionary": 3}}), "steps has no number for 'sentiment'"),
+    (dict(settings={"layers": 2, "mi_layers": [0, 2], "steps": 9, "warmup_steps": 1}), "mi_layers"),
+    (dict(settings={"mi_layers": 3}), "'mi_layers' must be"), (dict(settings=[3]), "settings must hold names"),
+    (dict(conditions={"rate": [0.1]}), "conditions has the unknown key 'rate'"),
+    (dict(conditions={"rates": [2]}), "'rates.0' must be"), (dict(conditions={"rates": ["a"]}), "'rates.0' must be"),
+    (dict(data=[3]), "data must hold names"), (dict(data={"sst3": {}}), "data has the unknown key 'sst3'"),
+    (dict(data={SENTIMENT: {"split": "row"}}), "unknown key 'split'; known are seed, split_by, train_phrases"),
+    (dict(data={SENTIMENT: {"seed": "7"}}), "'seed' takes int, such as 42, not '7'"),
+    (dict(models=[3]), "a mapping with 'start'"), (dict(models=[{"family": "llama"}]), "a mapping with 'start'"),
+    (dict(models=["random", {"start": "random"}]), "two models of the file are the same"),
+    (dict(models=["nowhere/no-model"]), "'nowhere/no-model'")])
+def test_what_a_file_may_not_say_is_one_line(tmp_path, changes, message):
+    with pytest.raises(RunError) as error:
+        read_sweep(sweep_file(tmp_path, **changes))
+    assert message in str(error.value) and "\n" not in str(error.value) and "small.yml" in str(error.value)
+
+
+def test_the_example_is_a_sweep_and_help_shows_commands_that_are_understood():
+    sweep = read_sweep(ROOT / "sweeps" / "example.yml")
+    assert len(sweep.cells) == 36 == len({cell.key for cell in sweep.cells})
+    assert {cell.recipe.steps for cell in sweep.cells if cell.task == SENTIMENT} == {150}
+    for command in re.findall(r"-m carma_lib (sweep [^\n#]*)", SWEEP_EPILOG):
+        options = build_parser().parse_args(re.split(r" {3,}", command)[0].split())
+        assert not str(options.file).startswith("sweeps/") or (ROOT / options.file).is_file()
+
+
+def test_slurm_files(tmp_path):
+    jobs, keys = read_slurm(ROOT / "sweeps" / "slurm.example.yml")
+    assert jobs == 4 and keys["processes"] == 1
+    (tmp_path / "no.yml").write_text("queue: gpu")
+    with pytest.raises(RunError, match="must hold 'jobs: <number>'"):
+        read_slurm(tmp_path / "no.yml")
+
+
+# -- run -------------------------------------------------------------------------------------------
+
+def test_plans_go_from_one_notebook_to_the_next(tmp_path):
+    cells = [cell_of("fine_tuning"), cell_of("carma", strength=0.3, seed=2)]
+    save_plan(tmp_path, cells)
+    assert read_plan(tmp_path) == cells
+    assert [cell.recipe.rates for cell in read_plan(tmp_path, rates=[0.4])] == [(0.4,), (0.4,)]
+    with pytest.raises(ValueError, match="'steps' is no setting of the tests"):
+        read_plan(tmp_path, steps=3)
+    with pytest.raises(FileNotFoundError, match="run notebook 02 first"):
+        read_plan(tmp_path / "empty")
+
+
+def test_the_first_failure_stops_or_is_collected_and_is_tried_again(folder, client):
+    good, bad = cell_of("fine_tuning"), cell_of("carma", seed=3)
+    stone = block(folder, bad)
+    with pytest.raises(CellFailed, match="carma/seed-3: "):
+        run([bad], folder, client)
+    failed = run([good, bad], folder, client, retries=1, errors="collect")
+    assert list(failed) == [bad] and "\n" not in failed[bad]
+    assert states(folder, bad) == ["begun", "failed"] * 3 and states(folder, good) == ["begun", "done"]
+    status = read_json(folder / "cells" / "status.json")
+    assert status["counts"] == {"done": 1, "open": 0, "failed": 1, "lost": 0}
+    assert "Traceback" in (cell_folder(folder, bad) / "failure.txt").read_text()
+    stone.unlink()
+    assert run([good, bad], folder, client) == {} and states(folder, good) == ["begun", "done"]
+    assert not (cell_folder(folder, bad) / "failure.txt").exists()
+
+
+def test_an_archive_keeps_finished_cells_and_gives_them_back(trained_run, tmp_path):
+    cells = [cell_of("fine_tuning"), cell_of("carma")]
+    pack(trained_run, cells[:1], tmp_path)
+    pack(trained_run, cells, tmp_path)
+    facts, measures = read_cells(tmp_path)
+    assert list(facts["cell"]) == [cell.key for cell in cells] and len(read_results(tmp_path / "results.parquet"))
+    assert set(measures["cell"]) == set(facts["cell"])
+
+
+def test_the_second_run_in_a_folder_is_refused(folder):
+    code = ("import sys, time; from pathlib import Path; from carma_lib.files import locked\n"
+            f"with locked(Path({str(folder / 'cells' / 'lock')!r})): print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="is in use by another run"):
+            run([cell_of()], folder)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+# -- a sweep on local workers ----------------------------------------------------------------------
+
+def test_a_sweep_with_a_killed_worker_and_a_failing_cell_gives_what_an_undisturbed_one_gives(tmp_path):
+    """Eight cells on two workers, one of them killed, one cell made to fail, then repaired; against an unbroken sweep."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    calm = read_sweep(sweep_file(tmp_path / "one", tasks=[SENTIMENT, DICTIONARY]))
+    report, failed = run_sweep(calm, Where(workers=2))
+    assert not failed and report.is_file()
+    sweep = read_sweep(sweep_file(tmp_path / "two", tasks=[SENTIMENT, DICTIONARY]))
+    bad = sweep.cells[-1]
+    stone = block(sweep.run_dir, bad)
+    killed = []
+    import threading
+
+    killer = threading.Thread(target=lambda: killed.append(kill_one_at_work(sweep.run_dir, sweep.cells, done=1, but=bad)))
+    killer.start()
+    _, failed = run_sweep(sweep, Where(workers=2), retries=1)
+    killer.join(timeout=60)
+    assert list(failed) == [bad] and killed
+    attempts = {cell: states(sweep.run_dir, cell) for cell in sweep.cells}
+    assert attempts[bad] == ["begun", "failed"] * 2 and attempts[killed[0]] == ["begun", "begun", "done"]
+    assert all(line == ["begun", "done"] for cell, line in attempts.items() if cell not in (bad, killed[0]))
+    assert read_json(sweep.run_dir / "cells" / "status.json")["counts"] == {"done": 7, "open": 0, "failed": 1, "lost": 1}
+    done = table_of(sweep.run_dir)
+    pd.testing.assert_frame_equal(done, table_of(calm.run_dir)[lambda rows: rows.cell != bad.key].reset_index(drop=True))
+    assert (sweep.run_dir / "tables" / "failed_cells.csv").is_file()
+    stone.unlink()
+    _, failed = run_sweep(sweep, Where(workers=1))
+    assert not failed and all(states(sweep.run_dir, cell) == attempts[cell] for cell in sweep.cells if cell != bad)
+    pd.testing.assert_frame_equal(table_of(sweep.run_dir), table_of(calm.run_dir))
+    assert (sweep.run_dir / "report.html").read_bytes() == (calm.run_dir / "report.html").read_bytes().replace(
+        str(calm.run_dir).encode(), str(sweep.run_dir).encode())
+    found = estimate(sweep)
+    assert found.open == () and "8 cells: 8 done, 0 open" in plan_text(sweep, Where(workers=2))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_sweep_ends_at_once_with_one_line_and_goes_on(tmp_path, number, code):
+    file = sweep_file(tmp_path, methods=["carma"], settings={**{key: list(value) if isinstance(value, tuple) else value for key, value in SMALL.items()
+                                                               if key not in ("rates", "depth_shares", "protocols", "levels", "test_splits", "test_items", "pooled_items", "measures")},
+                                                             "steps": 100_000})
+    process = subprocess.Popen([sys.executable, "-m", "carma_lib", "sweep", str(file), "--workers", "2"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    cells = read_sweep(file).cells
+    try:
+        wait_for(lambda: sum(states(tmp_path / "run", cell) == ["begun"] for cell in cells) == 2)
+        children = psutil.Process(process.pid).children(recursive=True)
+        began = time.monotonic()
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    last = errors.rstrip().splitlines()[-1]
+    assert process.returncode == code and "what is done is kept, the same command goes on" in last
+    assert "Traceback" not in errors and not psutil.wait_procs(children, timeout=20)[1]
+    assert time.monotonic() - began < 40  # 5 s on a quiet machine
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    code = ("from carma_lib.lab.cluster import local_client\nimport time\n"
+            "if __name__ == '__main__':\n    with local_client(2) as client:\n        client.wait_for_workers(2)\n        print('up', flush=True)\n        time.sleep(600)")
+    (tmp_path / "parent.py").write_text(code)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert parent.stdout.readline() == "up\n"
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert len(children) >= 2
+    parent.kill()
+    parent.wait()
+    assert not psutil.wait_procs(children, timeout=20)[1]
+
+
+def test_workers_have_their_own_settings_and_wrong_numbers_are_refused():
+    with pytest.raises(ValueError, match="workers is 0"), local_client(0):
+        pass
+    with local_client(1) as client:
+        assert client.submit(os.environ.get, "OMP_WAIT_POLICY").result() == "PASSIVE"
+
+
+def test_a_dry_run_of_a_sweep_does_nothing(tmp_path, capsys):
+    assert main(["sweep", str(sweep_file(tmp_path)), "--dry-run"]) == 0
+    assert "4 cells: 0 done, 4 open; 2 local processes" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    assert main(["sweep", str(sweep_file(tmp_path)), "--scheduler", "tcp://127.0.0.1:1"]) == 1
+    assert "no Dask scheduler answers at tcp://127.0.0.1:1" in capsys.readouterr().err
