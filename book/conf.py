@@ -25,7 +25,7 @@ nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_dmath_double_inline = True  # $$ begins a displayed formula inside a paragraph too, as in Jupyter
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
+suppress_warnings = ["misc.highlighting_failure", "myst.header", "mystnb.unknown_mime_type"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -53,7 +53,20 @@ notebooks/*
 ```
 ```{toctree}
 :hidden:
+:caption: Use it
+book/install
+book/own_data
+book/own_training
+book/sft
+book/pretrained
+book/colab
+book/sweeps
+book/extending
+```
+```{toctree}
+:hidden:
 :caption: Look up
+book/questions
 book/glossary
 book/rooms
 book/reference/index

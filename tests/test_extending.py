@@ -1,4 +1,4 @@
-"""The README's page on adding a model, a task and a method, done to a copy of the package exactly as it is written."""
+"""The book's page on adding a model, a task and a method, done to a copy of the package exactly as it is written."""
 import os
 import re
 import shutil
@@ -12,34 +12,34 @@ TRY = '''
 from pathlib import Path
 import torch
 from carma_lib.report import plots as figures
-from carma_lib.lab.evaluate import Conditions, evaluate_cell
-from carma_lib.lab.experiment import Cell, fine_tune, make_start
+from carma_lib.lab.cell import Cell
+from carma_lib.lab.recipe import recipe_for
+from carma_lib.lab.run import run
+from carma_lib.lab.tables import pack
 from carma_lib.model_table import prompt_for, settings_for
 from carma_lib.pooling import pooling_grid
 from carma_lib.stats.table import read_results
-from carma_lib.lab.settings import fill
 from carma_lib.stats.metrics import per_seed, summarise
 from carma_lib.tasks import build_task
 from transformers import AutoConfig, AutoModelForCausalLM
 
 torch.set_num_threads(1)
-run = Path("run")
-rows = build_task("sums", run / "data" / "sums")
+folder = Path("run")
+rows = build_task("sums", folder / "data" / "sums")
 assert {name: len(split) for name, split in rows.items()} == {"train": 70, "validation": 10, "test": 20}
 assert prompt_for("sums").suffix == ' is "'
-filled = fill("sums", dict(seeds=[1], steps={"sums": 4}, layers=2, width=16, heads=2, vocabulary_size=265, batch_size=8,
-                           warmup_steps=1, evaluations=1, mi_layers=[0, 1], stability_layers=[0, 1]))
-cells = [Cell("sums", method, 1) for method in ("untuned", "fine_tuning", "confidence_penalty")]
-make_start(run, cells[0], filled.settings)
-for cell in cells[1:]:
-    fine_tune(run, cell, filled.settings)
-conditions = Conditions(rates=(), depth_shares=(1.0,), protocols=("mean",), levels=("word",))
-results = read_results([evaluate_cell(run, cell, conditions) for cell in cells])
+recipe = recipe_for("sums", dict(steps={"sums": 30}, learning_rate=0.01, layers=2, width=16, heads=2, vocabulary_size=265, batch_size=8,
+                                 warmup_steps=1, evaluations=1, rates=(), depth_shares=(1.0,), protocols=("mean",),
+                                 levels=("word",), measures=()), seeds=(1,)).recipe
+cells = [Cell("sums", method, 1, recipe) for method in ("untuned", "fine_tuning", "confidence_penalty")]
+assert not run(cells, folder, workers=1, collect=lambda: pack(folder, cells, folder))
+results = read_results(folder / "results.parquet")
 unchanged = results[results.condition == "clean"]
 answers = unchanged.pivot_table(index="item_id", columns="method", values="log_probability", observed=True)
-assert len(answers) == 20 and (answers.confidence_penalty != answers.fine_tuning).any()
+assert len(answers) == 20, len(answers)
+assert (answers.confidence_penalty != answers.fine_tuning).any()
 figure = figures.accuracy_by_method(summarise(unchanged, "accuracy"), per_seed(unchanged, "accuracy"))
-figures.save_figure(figure, run, "figure", unchanged)
+figures.save_figure(figure, folder, "figure", unchanged)
 
 chosen = settings_for("your-name/granite-small", "sums", num_layers=4)
 assert (chosen.carma_weight, chosen.epochs) == (0.1, 5) and "epochs" in chosen.published
@@ -57,9 +57,8 @@ print("all of it works")
 
 
 def blocks():
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = page.split("## Adding a model, a task, a method\n")[1].split("\n## ")[0]
-    return [block.split("\n", 1) for block in re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL)]
+    page = (ROOT / "book" / "extending.md").read_text(encoding="utf-8")
+    return [block.split("\n", 1) for block in re.findall(r"```(?:python|yaml)\n(.*?)```", page, re.DOTALL)]
 
 
 def apply(root, heading, text):
