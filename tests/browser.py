@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 missing = not (shutil.which("chromium") and shutil.which("chromedriver"))
-needs_chromium = pytest.mark.skipif(missing and not os.environ.get("CI"), reason="no chromium and chromedriver here; CI has them")
+needs_chromium = pytest.mark.skipif(missing and not os.environ.get("CI"), reason="no chromium and chromedriver; CI has them")
 QUIET = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-         "disable-component-update", "disable-sync", "hide-scrollbars", "disable-dev-shm-usage", "allow-file-access-from-files")
+         "disable-component-update", "disable-sync", "hide-scrollbars", "disable-dev-shm-usage",
+         "allow-file-access-from-files")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The book, built from what is committed and opened in Chromium: whole links and pictures, formulas, search, no sideways scroll."""
+"""The book, built from what is committed and opened in Chromium: links, pictures, formulas, search, no sideways scroll."""
 import re
 import subprocess
 import sys
@@ -6,8 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pandas as pd
 import pytest
 from browser import chromium, errors_of, needs_chromium
+from figure_checks import assert_no_overlaps
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "book"))
@@ -25,15 +27,16 @@ class Page(HTMLParser):
         given = dict(attributes)
         self.ids |= {given[name] for name in ("id", "name") if given.get(name)}
         self.links |= {given["href"]} if tag == "a" and "href" in given else set()
-        self.shown |= {given["src"]} if "src" in given else {given["href"]} if tag == "link" and "href" in given else set()
+        name = "src" if "src" in given else "href" if tag == "link" else ""
+        self.shown |= {given[name]} if name in given else set()
 
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
     pytest.importorskip("sphinx")
     folder = tmp_path_factory.mktemp("book")
-    done = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", ROOT / "book", ROOT,
-                           folder], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", ROOT / "book", ROOT, folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -81,6 +84,24 @@ const done = arguments[0];
   else if (window.MathJax && MathJax.startup && MathJax.startup.promise) MathJax.startup.promise.then(() => done());
   else setTimeout(look, 50); })();
 """
+def test_the_readme_says_what_its_figure_shows():
+    """The finding's numbers are those of the tests behind the figure, and no text of the figure overlaps another."""
+    import finding
+    tests = pd.read_csv(finding.PICTURES / "finding.csv").set_index("name")
+    points, readme = 100 * tests["estimate"], (ROOT / "README.md").read_text(encoding="utf-8")
+    new, synonyms = (points[points.index.str.contains(f": {name}")] for name in ("new combinations", "synonyms"))
+    said = [f"Estimates are {new.iloc[0]:.1f} and {new.iloc[1]:.1f} percentage points",
+            f"All six estimates are above zero ({synonyms.min():+.1f} to {synonyms.max():+.1f} points)"]
+    assert not [text for text in said if text.replace("-", "−") not in readme]
+    of_synonyms = tests.loc[synonyms.index]
+    assert len(synonyms) == 6 and (of_synonyms["low"] > 0).sum() == 5 and (of_synonyms["holm_p"] > 0.05).all()
+    assert not (tests["holm_p"] < 0.05)[tests["kind"] != "non-inferiority"].any() and len(tests) == 18
+    preserved = tests[tests.index.str.contains("performance preserved")]["outcome"]
+    assert list(preserved) == ["shown", "open"] and set(tests["n_seeds"]) == {10}
+    assert_no_overlaps(finding.finding())
+
+
+#: What is read off an open page: sideways scroll, what leads to it, pictures and formulas that are not there.
 LOOK = """
 const width = document.documentElement.clientWidth, root = document.documentElement;
 const wide = [...document.querySelectorAll("article *")].filter(each => {
