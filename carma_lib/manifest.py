@@ -46,7 +46,7 @@ class Plan:
         package = Path(__file__).parent
         modules = [".".join(path.relative_to(package.parent).with_suffix("").parts) for path in sorted(package.rglob("*.py"))
                    if path.name not in ("manifest.py", "notebooks.py", "__main__.py", "page.py", "sweep.py", "estimate.py")]
-        tables = [path.read_text(encoding="utf-8") for path in (*sorted(package.glob("*.csv")), *sorted(package.glob("*.yml")),
+        tables = [path.read_text(encoding="utf-8") for path in (*sorted(package.rglob("*.csv")), *sorted(package.rglob("*.yml")),
                                                                lexicon_file())]
         before, result = fingerprint(code_fingerprint(*(name.removesuffix(".__init__") for name in modules)), tables), {}
         for notebook in self.notebooks:

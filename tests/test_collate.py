@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from carma_lib import CarmaConfig, CarmaTrainer
 from carma_lib.collate import Collator, _single_target, answerable, encode, encode_text
-from carma_lib.model_table import Prompt
+from carma_lib.models.table import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,7 @@ from carma_lib.lab.cell import Cell
 from carma_lib.lab.recipe import recipe_for
 from carma_lib.lab.run import run
 from carma_lib.lab.tables import pack
-from carma_lib.model_table import prompt_for, settings_for
+from carma_lib.models.table import prompt_for, settings_for
 from carma_lib.pooling import pooling_grid
 from carma_lib.stats.table import read_results
 from carma_lib.stats.metrics import per_seed, summarise

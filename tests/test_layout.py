@@ -6,10 +6,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "carma_lib"
 # Each room may import the rooms before it. Within the first, the core, each module may import those before it.
-CORE = ["files", "negatives", "terms", "losses", "words", "blocks", "collate", "trainer", "pooling", "model_table",
-        "pretrained", "models", "methods"]
+CORE = ["files", "losses.negatives", "losses.terms", "losses", "words", "blocks", "collate", "trainer", "pooling",
+        "models.table", "models.pretrained", "models", "methods"]
 ROOMS = ["core", "synonyms", "tasks", "stats", "report", "lab", "manifest", "notebooks", "__main__"]
-KNOW_NO_FILES = ["negatives", "terms", "losses", "pooling", "stats.intervals", "stats.metrics", "stats.inference",
+KNOW_NO_FILES = ["losses.negatives", "losses.terms", "losses.__init__", "pooling", "stats.intervals", "stats.metrics", "stats.inference",
                  "stats.claims", "stats.curves"]
 
 
@@ -20,7 +20,7 @@ def name_of(path):
 
 def room_of(name):
     first = name.split(".")[0]
-    return "core" if first in CORE else first
+    return "core" if name in CORE else first
 
 
 def imported(path):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from carma_lib import terms
+from carma_lib.losses import terms
 from carma_lib.losses import CarmaConfig, CarmaLoss, mutual_information_loss, stability_loss
-from carma_lib.negatives import sample_negatives
+from carma_lib.losses.negatives import sample_negatives
 
 
 def naive_mutual_information(states, ids, mask, temperature, similarity, negatives_of):

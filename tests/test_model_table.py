@@ -6,7 +6,7 @@ import torch
 from tiny import tiny_model
 
 from carma_lib.losses import CarmaConfig
-from carma_lib.model_table import find_model, prompt_for, read_table, settings_for
+from carma_lib.models.table import find_model, prompt_for, read_table, settings_for
 from carma_lib.pooling import start_layers_from_depth
 
 # model, kind → λ, end layer, batch, epochs, seeds: the ablation runs of the paper's repository

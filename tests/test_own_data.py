@@ -9,7 +9,7 @@ from tiny import byte_level_tokenizer
 
 from carma_lib.collate import encode
 from carma_lib.files import RunError
-from carma_lib.model_table import prompt_for
+from carma_lib.models.table import prompt_for
 from carma_lib.tasks import DataNotFound, build_task, is_built, load_task, read_card, task_named, task_names
 
 ROWS = [{"text": f"the bird number {number} sings", "target": ("a long answer", "short")[number % 2]} for number in range(60)]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from carma_lib import pretrained
+from carma_lib.models import pretrained
 from carma_lib.files import RunError
 from carma_lib.models import load_config, load_model, load_tokenizer, small_model, train_tokenizer
 

@@ -16,7 +16,7 @@ from carma_lib.lab.cell import TRAINING_RULES, Cell
 from carma_lib.lab.recipe import Recipe
 from carma_lib.losses import CarmaConfig
 from carma_lib.methods import METHODS
-from carma_lib.model_table import find_model
+from carma_lib.models.table import find_model
 from carma_lib.models import Prompt, load_config, load_model, load_tokenizer, prompt_for, small_model, train_tokenizer
 from carma_lib.synonyms.replacement import with_synonym_copies
 from carma_lib.tasks import load_task, read_card, task_named

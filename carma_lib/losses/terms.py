@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from carma_lib.negatives import Order
+from carma_lib.losses.negatives import Order
 
 CHUNK = 2**19  # numbers that one gathered tensor may hold: it stays in a processor's cache
 EDGES = 2**18  # pairs of tokens that are weighed at a time

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import (AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig,
                           PreTrainedModel, PreTrainedTokenizerFast)
 
-from carma_lib import pretrained
+from carma_lib.models import pretrained
 from carma_lib.files import RunError, first_line, read_json, user_path, write_json
-from carma_lib.model_table import Prompt, prompt_for
+from carma_lib.models.table import Prompt, prompt_for
 
 __all__ = ["SMALL_FAMILIES", "ModelNotFound", "Prompt", "add_adapter", "load_config", "load_model", "load_tokenizer",
            "native_bf16", "prompt_for", "save_adapter", "small_model", "train_tokenizer"]

@@ -1,4 +1,4 @@
-"""The table of pretrained models: published prompts and settings as data (`model_table.yml`), ours for the rest.
+"""The table of pretrained models: published prompts and settings as data (`models/table.yml`), ours for the rest.
 
 What arXiv 2502.11066 and its repository publish for a model and kind of task stands in the file and is taken as
 it is. Anything else, and every model that the file does not name, is scaled from the model's depth.
@@ -47,8 +47,8 @@ class ModelSettings:
 
 @cache
 def read_table() -> dict[str, Any]:
-    """`model_table.yml` as it is: `common`, `scaled`, `prompts`, `models`."""
-    text = (resources.files("carma_lib") / "model_table.yml").read_text(encoding="utf-8")
+    """`models/table.yml` as it is: `common`, `scaled`, `prompts`, `models`."""
+    text = (resources.files("carma_lib.models") / "table.yml").read_text(encoding="utf-8")
     return yaml.safe_load(text)
 
 

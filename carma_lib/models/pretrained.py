@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from carma_lib.files import (PARTIAL, RunError, check_folder, locked, remove_partial, user_path, whole_folder,
                              write_checksums)
-from carma_lib.model_table import read_table
+from carma_lib.models.table import read_table
 
 
 def names() -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from carma_lib.terms import carma_terms
+from carma_lib.losses.terms import carma_terms
 
 SIMILARITIES = ("cosine", "dot")
 LOWEST_TEMPERATURE = 1e-6  # below it, float32 rounding of a cosine decides the value
