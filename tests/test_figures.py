@@ -31,6 +31,12 @@ def comparisons(results):
     return primary_comparisons(results, CLAIMS)
 
 
+def made_lengths(tasks=("made_task", "a_task_with_a_longer_name")):
+    generator = np.random.default_rng(0)
+    return pd.DataFrame([{"task": task, "split": split, "words": words} for task in tasks for place, split in enumerate(
+        ("train", "validation", *SPLITS)) for words in generator.poisson(8 + place, 200)])
+
+
 def drawn(results, comparisons):
     """Each figure with the table behind it."""
     tables = {name: (statistics.summarise(results, name), statistics.per_seed(results, name))
@@ -42,6 +48,7 @@ def drawn(results, comparisons):
                           "seed": np.tile([0, 0, 0, 1, 1, 1], 2), "layer": np.tile(range(3), 4),
                           "value": np.arange(12.0)})
     return {
+        "text_lengths": (figures.text_lengths(made_lengths()), made_lengths()),
         "learning_curves": (figures.learning_curves(made_history()), made_history()),
         "accuracy_by_method": (figures.accuracy_by_method(clean, clean_seeds), clean),
         "consist_syn_by_rate": (figures.consist_syn_by_rate(*tables["consist_syn"]),
@@ -104,6 +111,8 @@ def drawn_hard():
                                 for place, method in enumerate(MANY[1:]) for panel in ("new combinations", "pooling", long)])
     runs = layers.rename(columns={"measured": "measure"}).assign(accuracy=lambda rows: rows["measure"] / 10)
     long_history = made_history(methods=MANY, steps=10_000)
+    yield "lengths of one task", figures.text_lengths(made_lengths(tasks=("a task",)))
+    yield "lengths of many", figures.text_lengths(made_lengths(tasks=(long, "b", "c", "d", "e")).query("task != 'b' or split == 'train'"))
     yield "many methods", figures.by_method(means, label="accuracy")
     yield "many methods by rate", figures.consist_syn_by_rate(statistics.summarise(several, "consist_syn"),
                                                               statistics.per_seed(several, "consist_syn"))
@@ -129,7 +138,7 @@ def drawn_hard():
 def test_no_text_lies_over_another_or_over_a_mark(results, comparisons):
     cases = {**{name: figure for name, (figure, _) in drawn(results, comparisons).items()}, **dict(drawn_hard())}
     found = {name: overlaps(figure) for name, figure in cases.items()}
-    assert len(found) == 25 and not {name: lines for name, lines in found.items() if lines}
+    assert len(found) == 28 and not {name: lines for name, lines in found.items() if lines}
 
 
 def test_the_check_of_overlaps_finds_each_kind():
@@ -174,6 +183,20 @@ def test_points_and_bars_are_those_of_the_table(results):
         assert [cap.get_ydata()[0] for cap in caps] == pytest.approx([line["low"], line["high"]])
         dots = axes.collections[2 * place].get_offsets()[:, 1]
         assert sorted(dots) == pytest.approx(sorted(seeds.loc[seeds["method"] == line["method"], "value"]))
+
+
+def test_boxes_of_text_lengths_are_those_of_the_table_and_in_its_order():
+    table = made_lengths().iloc[::-1]
+    for axes, (task, rows) in zip(figures.text_lengths(table).axes, table.groupby("task", sort=False)):
+        assert axes.get_title().replace("\n", " ") == task.replace("_", " ")
+        splits = list(dict.fromkeys(rows["split"]))
+        assert [label.get_text() for label in axes.get_yticklabels()] == [split.replace("_", " ") for split in splits]
+        medians = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2 and len(set(line.get_xdata())) == 1
+                   and np.ptp(line.get_ydata()) == pytest.approx(0.6)]
+        assert medians == [rows.loc[rows["split"] == split, "words"].median() for split in splits]
+        assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first split is at the top"
+    with pytest.raises(ValueError, match="text_lengths: the table has no rows"):
+        figures.text_lengths(table.iloc[:0])
 
 
 def test_an_untuned_model_at_zero_leaves_the_axis_to_the_others(results):

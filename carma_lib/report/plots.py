@@ -9,6 +9,7 @@ from textwrap import fill
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
@@ -18,7 +19,7 @@ from carma_lib.report.style import (METHOD_COLOURS, METHOD_MARKERS, PAGE, check_
 from carma_lib.stats.table import METHOD_LABELS
 
 __all__ = ["accuracy_by_method", "by_method", "consist_syn_by_rate", "cv_by_method", "drift_by_layer", "forest_plot",
-           "learning_curves", "pooling_by_depth", "save_figure"]
+           "learning_curves", "pooling_by_depth", "save_figure", "text_lengths"]
 
 
 def _error_bar(axes: Axes, x, rows: pd.DataFrame, method: str, line: str = "none") -> None:
@@ -31,6 +32,28 @@ def _error_bar(axes: Axes, x, rows: pd.DataFrame, method: str, line: str = "none
 def _say_if_empty(axes: Axes, estimates: pd.DataFrame) -> None:
     if not estimates["estimate"].notna().any():
         axes.text(0.5, 0.5, "no estimate", transform=axes.transAxes, ha="center", color="grey")
+
+
+@styled
+def text_lengths(lengths: pd.DataFrame) -> Figure:
+    """Words in a text by split, a panel a task: the box is the middle half, its line the median.
+
+    `lengths`: columns task, split and words, a row a text. Whiskers reach 1.5 box lengths; texts beyond are dots.
+    """
+    check_one(lengths, [], "text_lengths")
+    tasks = list(dict.fromkeys(lengths["task"]))
+    figure, panels = make_panels(tasks, height=0.55 + 0.2 * lengths.groupby("task")["split"].nunique().max(), sharey=False)
+    for axes, task in zip(panels, tasks):
+        rows = lengths[lengths["task"] == task]
+        splits = list(dict.fromkeys(rows["split"]))
+        sns.boxplot(rows, x="words", y="split", order=splits, orient="h", ax=axes, color="#9ecae1", width=0.6, fliersize=1.5,
+                    linewidth=0.8)
+        axes.set_yticks(range(len(splits)), [split.replace("_", " ") for split in splits])
+        axes.grid(axis="x")
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel="words in a text", ylabel="")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return figure
 
 
 @styled
