@@ -11,6 +11,7 @@ import pyarrow.parquet as parquet
 
 from carma_lib.files import read_json, reading, whole_file
 from carma_lib.lab.cell import FACTS, RULES, Cell, cell_folder, is_tested, testing_mark
+from carma_lib.lab.start import model_name
 from carma_lib.stats.table import RESULT_COLUMNS, ResultsError
 
 NAMES = ("cells", "measures", "results")
@@ -111,15 +112,15 @@ def read_answers(archive: Path, cells: pd.DataFrame, *, conditions: Sequence[str
 
 
 def curves(folder: Path, cells: Iterable[Cell]) -> pd.DataFrame:
-    """Training histories of finished trainings, a row a logged step: task, model, start, method, seed, step, losses,
+    """Training histories of finished trainings, a row a logged step: task, model (as in results), start, method, seed, step, losses,
     `validation_accuracy`. `FileNotFoundError` if there is none."""
     parts = []
     for cell in cells:
         file = cell_folder(folder, cell) / "history.csv"
         if file.is_file():
             with reading(file):
-                parts.append(pd.read_csv(file).assign(task=cell.task, model=cell.model, start=cell.recipe.start,
-                                                      method=cell.method, seed=cell.seed))
+                parts.append(pd.read_csv(file).assign(task=cell.task, model=model_name(cell.recipe),
+                                                      start=cell.recipe.start, method=cell.method, seed=cell.seed))
     if not parts:
         raise FileNotFoundError(f"no trained model in {folder}: run notebook 02 first")
     history = pd.concat(parts, ignore_index=True)
