@@ -11,7 +11,7 @@ import pytest
 
 from carma_lib.files import read_json
 from carma_lib.manifest import read_manifest
-from carma_lib.stats.table import read_results
+from carma_lib.stats.table import at_the_end, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 900  # seconds until something must have happened
@@ -67,10 +67,14 @@ def test_every_notebook_ran_and_made_what_it_says(unbroken):
 
 
 def test_results_cover_the_design(unbroken):
-    results = read_results(unbroken)
+    everything = read_results(unbroken / "results.parquet")
+    results = at_the_end(everything)
     assert set(results.task.unique()) == {"controlled_inverse_dictionary", "controlled_sentiment"}
     assert set(results.method.unique()) == {"untuned", "fine_tuning", "carma"}
     assert set(results.split.unique()) == {"test_seen", "test_held_out", "test_longer"}
+    cells = results.groupby("cell", observed=True)[["task", "method", "seed"]].nunique()
+    assert len(cells) == 2 * 3 * 3 and cells.eq(1).all().all(), "a training is one task, method and seed"
+    assert set(everything.budget) == {0, 20, 40} and set(everything[everything.budget == 20].condition) == {"clean"}
     sizes = results.groupby("method", observed=True).size()
     assert sizes["carma"] == sizes["fine_tuning"] > sizes["untuned"], "untuned random models are asked clean items only"
 
@@ -79,6 +83,9 @@ def test_figures_and_tables_come_in_every_format(unbroken):
     for png in (unbroken / "figures").glob("*.png"):
         assert png.stat().st_size > 3000 and png.with_suffix(".svg").is_file() and png.with_suffix(".csv").is_file()
     assert len(list((unbroken / "figures").glob("*.png"))) >= 10
+    comparisons = pd.read_csv(unbroken / "tables" / "primary_comparisons.csv")
+    assert (comparisons.steps == 40).all() and comparisons.curve.notna().all(), "an answer says how long training was"
+    assert len(pd.read_csv(unbroken / "tables" / "training_lengths.csv")) == 2 * 2 * 2, "tasks, claims and lengths"
     assert (unbroken / "tables" / "primary_comparisons.tex").read_text().count("\\\\") > 10
 
 
@@ -92,7 +99,7 @@ def test_report_stands_alone(unbroken):
 def test_interrupted_and_killed_run_resumed_gives_the_same_tables(unbroken, tmp_path):
     run_dir = tmp_path / "run"
     process = start(run_dir)
-    wait_for(lambda: any(run_dir.glob("models/*/carma/seed-*/cell.json")), process)
+    wait_for(lambda: any(run_dir.glob("cells/*/*/carma/seed-*/trained.json")), process)
     helpers = children(process)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=120)[0]
@@ -103,7 +110,7 @@ def test_interrupted_and_killed_run_resumed_gives_the_same_tables(unbroken, tmp_
     assert not (run_dir / "report.html").exists() and not (run_dir / "notebooks" / "02_finetune.ipynb").exists()
 
     process = start(run_dir, "--resume")
-    wait_for(lambda: any(run_dir.glob("parts/*/*/*.parquet")), process)
+    wait_for(lambda: any(run_dir.glob("cells/*/*/*/seed-*/tested.json")), process)
     helpers = children(process)
     process.kill()
     process.wait()
@@ -114,6 +121,6 @@ def test_interrupted_and_killed_run_resumed_gives_the_same_tables(unbroken, tmp_
                           text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "01_data_construction: done before, skipped" in done.stdout
-    pd.testing.assert_frame_equal(read_results(run_dir), read_results(unbroken))
+    pd.testing.assert_frame_equal(*(read_results(folder / "results.parquet") for folder in (run_dir, unbroken)))
     for table in sorted((unbroken / "tables").glob("*.csv")):
         assert (run_dir / "tables" / table.name).read_bytes() == table.read_bytes(), table.name

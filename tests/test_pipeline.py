@@ -4,6 +4,7 @@ Small notebooks written here run through the real papermill; the project's own r
 """
 import json
 import os
+import re
 import shutil
 import subprocess
 import tomllib
@@ -52,7 +53,29 @@ def test_committed_notebook(path):
     address = repository.removeprefix("https://github.com/")
     sources = "\n".join(cell.source for cell in notebook.cells)
     assert f"colab.research.google.com/github/{address}/blob/main/notebooks/{path.name}" in sources
-    assert f"git clone --quiet --depth 1 {repository}\n" in sources
+    assert f"git clone --quiet --depth 1 {repository} && pip install" in sources
+
+
+@pytest.mark.parametrize("path", committed()[:4], ids=lambda path: path.stem)
+def test_main_road_reads_as_intent_short_cell_reading(path):
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    assert max(source.count("\n") + 1 for source in code) <= 25
+    assert not any(word in source for source in code for word in ("matplotlib", "seaborn")), "the report draws figures"
+    parameters = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    names = [line for line in parameters.split("\n") if not line.startswith(" ")]
+    assert len(names) <= 8 and all(": " in line.partition("=")[0] for line in names)
+    for place, cell in enumerate(cells):
+        told = cells[place + 1].source if place + 1 < len(cells) else ""
+        if cell.cell_type == "code" and "save_figure(" in cell.source:
+            assert told.startswith("**Figure") and "*Takeaway.*" in told, f"nothing reads the figure of cell {place}"
+        elif cell.cell_type == "code" and any(word in cell.source for word in ("print(", "display(", "style")):
+            assert cells[place + 1].cell_type == "markdown", f"cell {place} has an output that nothing reads"
+    numbers = [int(found) for cell in cells if cell.cell_type == "markdown"
+               for found in re.findall(r"^\*\*Table (\d+)\.", cell.source, flags=re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1)), "tables are numbered in order"
+    end = cells[-1].source
+    assert "## Exercises" in end and end.count("*Expect*") in (2, 3) and "**Next.**" in end
 
 
 def test_readme_badges_use_the_one_address():
@@ -235,7 +258,6 @@ def test_half_written_files_are_not_taken_for_whole(project, capsys):
 
 
 def test_every_command_that_the_readme_and_help_show_makes_a_plan(tmp_path, monkeypatch):
-    import re
     import shlex
 
     from carma_lib.__main__ import EPILOG, build_parser

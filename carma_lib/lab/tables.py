@@ -112,8 +112,8 @@ def read_answers(archive: Path, cells: pd.DataFrame, *, conditions: Sequence[str
 
 
 def curves(folder: Path, cells: Iterable[Cell]) -> pd.DataFrame:
-    """Training histories of finished trainings, a row a logged step: task, model (as in results), start, method, seed, step, losses,
-    `validation_accuracy`. `FileNotFoundError` if there is none."""
+    """Training histories of finished trainings, a row a logged step: task, model (named as in results), start, method,
+    seed, step, losses, `validation_accuracy`. `FileNotFoundError` if there is none."""
     parts = []
     for cell in cells:
         file = cell_folder(folder, cell) / "history.csv"

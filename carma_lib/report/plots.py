@@ -42,12 +42,13 @@ def text_lengths(lengths: pd.DataFrame) -> Figure:
     """
     check_one(lengths, [], "text_lengths")
     tasks = list(dict.fromkeys(lengths["task"]))
-    figure, panels = make_panels(tasks, height=0.55 + 0.2 * lengths.groupby("task")["split"].nunique().max(), sharey=False)
+    most = lengths.groupby("task")["split"].nunique().max()
+    figure, panels = make_panels(tasks, height=0.55 + 0.2 * most, sharey=False)
     for axes, task in zip(panels, tasks):
         rows = lengths[lengths["task"] == task]
         splits = list(dict.fromkeys(rows["split"]))
-        sns.boxplot(rows, x="words", y="split", order=splits, orient="h", ax=axes, color="#9ecae1", width=0.6, fliersize=1.5,
-                    linewidth=0.8)
+        sns.boxplot(rows, x="words", y="split", order=splits, orient="h", ax=axes, color="#9ecae1", width=0.6,
+                    fliersize=1.5, linewidth=0.8)
         axes.set_yticks(range(len(splits)), [split.replace("_", " ") for split in splits])
         axes.grid(axis="x")
         axes.grid(axis="y", visible=False)
