@@ -207,6 +207,8 @@ def tidy_notebook(path: Path) -> None:
             continue
         outputs: list[Any] = []
         for output in cell.outputs:
+            if any("widget" in kind for kind in output.get("data", {})):
+                continue
             if output.output_type == "stream":
                 if output.name == "stderr" and ("\r" in output.text or "IProgress not found" in output.text):
                     continue

@@ -280,6 +280,7 @@ def test_every_command_that_the_readme_and_help_show_makes_a_plan(tmp_path, monk
 def test_progress_bars_and_widgets_are_tidied_away(tmp_path):
     cell = nbformat.v4.new_code_cell("x", execution_count=1, outputs=[
         nbformat.v4.new_output("stream", name="stderr", text="\r 10%"),
+        nbformat.v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "bar"}),
         nbformat.v4.new_output("stream", name="stderr", text="TqdmWarning: IProgress not found."),
         nbformat.v4.new_output("stream", name="stdout", text="a"),
         nbformat.v4.new_output("stream", name="stdout", text="b\n"),
