@@ -82,20 +82,20 @@ def answers(model: Any, tokenizer: Any, prompts: Prompts, *, shares: dict[int, f
             rate=0.0, start_layer=layer, depth_share=shares.get(layer, float("nan")), protocol=protocol,
             level=level if shares else ""))
     table = pd.concat(frames, ignore_index=True)
+    token = table.pop("token") if "token" in table else table["prediction"]
     if table["prediction"].dtype.kind in "iu":
-        words = {token: tokenizer.decode([token]).strip() for token in table["prediction"].unique()}
-        texts = table["prediction"].map(words)
-        same = (texts == table["target"]) & ~table["correct"]  # another token of the same letters, as with a space before
-        table["prediction"] = texts.where(~same, texts + "#" + table["prediction"].astype(str)).where(
-            ~table["correct"], table["target"])
+        table["prediction"] = token.map({each: tokenizer.decode([each]).strip() for each in token.unique()})
+    texts = table["prediction"]
+    same = (texts == table["target"]) & ~table["correct"]  # other tokens of the same letters, as with a space before
+    table["prediction"] = texts.where(~same, texts + "#" + token.astype(str)).where(~table["correct"], table["target"])
     return table
 
 
 def _score_texts(model: Any, batch: dict[str, torch.Tensor], tokenizer: Any) -> pd.DataFrame:
     """The greedy answers to items whose answers have several tokens: right if each token is the most likely one.
 
-    Until the first wrong token the greedy answer is what this one pass reads; the prediction is shown up to there.
-    rank: the worst of the answer's tokens; log_probability: of the whole answer.
+    Until the first wrong token the greedy answer is what this one pass reads; the prediction, and its probability, go
+    up to there, and `token` is its last one. rank: the worst of the answer's tokens; log_probability: of the whole answer.
     """
     labels = batch["labels"][:, 1:]
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
@@ -105,10 +105,11 @@ def _score_texts(model: Any, batch: dict[str, torch.Tensor], tokenizer: Any) -> 
         targets, found = labels[row][asked[row]], logits[row][asked[row]]
         scores = _score(found, targets)
         right = int(scores["correct"].cumprod().sum())
-        predicted = scores["prediction"].to_numpy()[:right + 1]
-        rows.append({"prediction": tokenizer.decode(predicted, skip_special_tokens=True).strip(' "'),
-                     "correct": right == len(scores), "prediction_probability": float(np.exp(scores["log_probability"].sum())),
-                     "rank": int(scores["rank"].max()), "log_probability": scores["log_probability"].sum()})
+        said = scores[:right + 1]
+        rows.append({"prediction": tokenizer.decode(said["prediction"].to_numpy(), skip_special_tokens=True).strip(' "'),
+                     "token": said["prediction"].iloc[-1], "correct": right == len(scores),
+                     "prediction_probability": said["prediction_probability"].prod(), "rank": int(scores["rank"].max()),
+                     "log_probability": scores["log_probability"].sum()})
     return pd.DataFrame(rows)
 
 
