@@ -13,6 +13,7 @@ from carma_lib.losses import CarmaConfig
 from carma_lib.models.table import settings_for
 from carma_lib.models import SMALL_FAMILIES, load_config, native_bf16
 from carma_lib.pooling import PROTOCOLS
+from carma_lib.pretrained import names
 
 SMALL_STARTS = ("random", "base")
 Level = Literal["word", "phrase"]
@@ -263,7 +264,8 @@ def recipe_for(kind: str, settings: Mapping[str, Any], *, seeds: tuple[int, ...]
         values = {**OPEN, "mi_layers": carma.mi_layers, "stability_layers": carma.stability_layers}
         defaults, published = {"carma_weight", "mi_weight", "stability_weight"}, set()
     else:
-        depth = load_config(recipe.start).get_text_config().num_hidden_layers
+        known = names().get(recipe.start)  # of these the table has the depth: nothing is fetched to make a plan
+        depth = known["blocks"] if known else load_config(recipe.start).get_text_config().num_hidden_layers
         table = settings_for(recipe.start, kind, num_layers=depth)
         layers = (0, table.last_layer)
         values = {**{name: getattr(table, name) for name in OPEN if not name.endswith("_layers")},

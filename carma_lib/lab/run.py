@@ -18,6 +18,8 @@ from carma_lib.files import RunError, locked, write_json
 from carma_lib.lab.cell import Cell, cell_folder
 from carma_lib.lab.cluster import local_client
 from carma_lib.lab.start import steps_of
+from carma_lib.lab.study import Study, best_trials, chosen
+from carma_lib.lab.tables import in_archive, pack, read_cells
 from carma_lib.lab.worker import Stage, attempts, is_done, one_line, prepare, prepare_base, run_cell
 from carma_lib.tasks import build_task
 from carma_lib.tasks.file import PREFIX as OWN
@@ -58,6 +60,15 @@ def run(cells: Iterable[Cell], folder: Path, client: Client | None = None, *, wo
         if collect:
             collect()
         return book.failed
+
+
+def run_trials(study: Study, folder: Path, archive: Path, *, workers: int | None = None) -> None:
+    """Make the trials of a study that its archive lacks: those of the learning rates, then, at the best, of the strengths."""
+    done = in_archive(archive, folder)
+    for others in (False, True):
+        rates = chosen(best_trials(read_cells(archive, trials=True)[1]))[0] if others else {}
+        trials = study.strength_trials(rates) if others else study.learning_rate_trials()
+        run(trials, folder, workers=workers, done=done, collect=lambda: pack(folder, trials, archive))
 
 
 class _Book:

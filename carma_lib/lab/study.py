@@ -91,6 +91,12 @@ class Study(_Strict):
         return _recipe(self.model_dump_json(include={"settings", "starts"}), task, start,
                        tuple(sorted((name, _tuple(value)) for name, value in changes.items())))
 
+    @cached_property
+    def own(self) -> dict[str, Any]:
+        """The facts that the cells of the study's own size, training set and settings share, as filters of tables."""
+        recipe = self.recipe(self.tasks[0], self.first_start, learning_rate=1e-3)
+        return {"change": "", "training_items": recipe.training_items, "layers": recipe.layers, "width": recipe.width}
+
     def test_steps(self, task: str) -> tuple[int, ...]:
         """The training lengths at which a task's cells are tested."""
         recipe = self.recipe(task, self.first_start, learning_rate=1e-3)

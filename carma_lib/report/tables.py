@@ -168,6 +168,20 @@ def _p(value: float) -> str:
     return "" if pd.isna(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def with_interval(table: pd.DataFrame, *, scale: float = 100, digits: int = 1) -> pd.Series:
+    """estimate, low and high of each row as one text: "+1.5 [-0.7, 3.6]", times `scale`."""
+    return table.apply(lambda row: f"{scale * row.estimate:+.{digits}f} [{scale * row.low:.{digits}f}, "
+                                   f"{scale * row.high:.{digits}f}]", axis=1)
+
+
+def claims_in_short(comparisons: pd.DataFrame) -> pd.Series:
+    """By name: estimate and interval of each claim, points or the ratio of CVs; a star if it holds after correction."""
+    ratios = comparisons.apply("{0.estimate:.2f} [{0.low:.2f}, {0.high:.2f}]".format, axis=1)
+    texts = with_interval(comparisons).where(comparisons["kind"] != "cv ratio", ratios)
+    stars = comparisons["outcome"].isin(["shown", "the opposite shown"]).map({True: " *", False: ""})
+    return (texts + stars).set_axis(comparisons["name"])
+
+
 def claim_rows(comparisons: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Headings and one row of texts a claim of `primary_comparisons`, for a reader."""
     rows = []

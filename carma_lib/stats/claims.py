@@ -1,7 +1,7 @@
 """The claims: a plan written down before looking, and its one table of answers."""
 from __future__ import annotations
 
-from typing import Iterable, Sequence
+from typing import Any, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ from carma_lib.stats.inference import (FEWEST_SEEDS, FILTER_COLUMNS, NotComparab
                                        effect_size, holm, pair, paired_test, power)
 from carma_lib.stats.intervals import check_confidence
 from carma_lib.stats.metrics import METRICS
-from carma_lib.stats.table import METHOD_LABELS
+from carma_lib.stats.table import METHOD_LABELS, select, task_label
 
 KINDS = ("difference", "non-inferiority", "cv ratio")
 #: What `default_claims` asks, in this order.
@@ -75,12 +75,21 @@ def default_claims(results: pd.DataFrame, *, baseline: str = "fine_tuning", meth
             continue
         here = [name for name in others if methods or name in set(rows["method"].astype(str))]
         where = {"task": task, **({"model": model} if len(names) > 1 else {})}
-        label = (f"{names[model]}, " if len(names) > 1 else "") + task.removeprefix("controlled_").replace("_", " ")
+        label = (f"{names[model]}, " if len(names) > 1 else "") + task_label(task)
         for method in here if baseline in set(rows["method"].astype(str)) else ():
             who = f"{METHOD_LABELS.get(method, method)}, " if len(others) > 1 else ""
             plan += [{"name": f"{label}: {who}{name}", "kind": kind, "metric": metric, **where, "method": method,
                       "baseline": baseline, **more} for name, kind, metric, more in _asked(rows, questions, margin)]
     return plan
+
+
+def claims_for(claims: Iterable[dict], tasks: Iterable[str], **where: Any) -> list[dict]:
+    """A study's claims, written without a task, as a plan: each of CARMA against plain fine-tuning, for each task.
+
+    where: further filters of all of them, such as the start.
+    """
+    return [{"method": "carma", "baseline": "fine_tuning", **claim, "name": f"{task_label(task)}: {claim['name']}",
+             "task": task, **where} for task in tasks for claim in claims]
 
 
 def _asked(rows: pd.DataFrame, questions: Sequence[str], margin: float) -> list[tuple[str, str, str, dict]]:
@@ -136,6 +145,21 @@ def primary_comparisons(results: pd.DataFrame, plan: list[dict], *, curves: pd.D
     first = [*_NEEDED, *(name for name in FILTER_COLUMNS if name in table), "margin", "method_estimate",
              "baseline_estimate", "estimate", "low", "high", "p", "holm_p"]
     return table[[*first, *(name for name in table if name not in first)]]
+
+
+def comparisons_so_far(results: pd.DataFrame | None, plan: list[dict], **options: Any) -> pd.DataFrame:
+    """`primary_comparisons` of a study that is not whole yet; results: None if nothing is answered.
+
+    A claim for which one of its methods has no answer yet comes last, with the outcome 'not tested' and the verdict
+    'not yet measured'; Holm's correction runs over the others.
+    """
+    check_plan(plan)
+    ready = [claim for claim in plan if results is not None and all(len(select(results, method=claim[side], **{
+        name: claim[name] for name in FILTER_COLUMNS if name in claim})) for side in ("method", "baseline"))]
+    missing = [{**claim, "n_seeds": 0, "outcome": "not tested", "verdict": "not yet measured"}
+               for claim in plan if claim not in ready]
+    parts = [primary_comparisons(results, ready, **options)] if ready else []
+    return pd.concat([*parts, *([pd.DataFrame(missing)] if missing else [])], ignore_index=True)
 
 
 def _compare(results: pd.DataFrame, claim: dict, curves: pd.DataFrame | None, confidence: float) -> dict:

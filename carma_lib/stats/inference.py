@@ -16,6 +16,7 @@ from statsmodels.stats.multitest import multipletests
 from carma_lib.stats.intervals import check_confidence, critical_value, crossed_interval, tail_probability
 from carma_lib.stats.metrics import (CELL_COLUMNS, CONDITION_COLUMNS, METRICS, RUN_COLUMNS, Crossed, cells,
                                      require_columns)
+from carma_lib.stats.table import matches
 
 #: A claim of difference between methods needs at least so many seeds; with fewer there are estimates only.
 FEWEST_SEEDS = 3
@@ -37,12 +38,7 @@ class Comparison(NamedTuple):
 
 
 def _matches(results: pd.DataFrame, where: dict, columns: list[str]) -> np.ndarray:
-    chosen = np.ones(len(results), bool)
-    for name in columns:
-        if name in where:
-            column, value = results[name], where[name]
-            chosen &= np.isclose(column, value) if isinstance(value, float) else (column == value).to_numpy()
-    return chosen
+    return matches(results, **{name: where[name] for name in columns if name in where})
 
 
 def find_crossed(results: pd.DataFrame, metric: str, method: str, where: dict | None = None) -> Crossed:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Iterable
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -55,6 +56,26 @@ _TEXT = [name for name, (kind, _) in RESULT_COLUMNS.items() if kind == "category
 
 class ResultsError(ValueError):
     """A result table that cannot be used; the message says what to do."""
+
+
+def task_label(task: str) -> str:
+    """A task's name as figures, tables and sentences call it."""
+    return task.removeprefix("controlled_").replace("_", " ")
+
+
+def matches(table: pd.DataFrame, **values: Any) -> np.ndarray:
+    """Which rows have these values in their columns: one value, or any of a list; a float up to rounding."""
+    chosen = np.ones(len(table), bool)
+    for name, value in values.items():
+        column = table[name]
+        chosen &= (np.isclose(column, value) if isinstance(value, float) else
+                   (column.isin(list(value)) if isinstance(value, (list, tuple, dict)) else column == value).to_numpy())
+    return chosen
+
+
+def select(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    """The rows that have these values in their columns, as `matches` says."""
+    return table[matches(table, **values)]
 
 
 def check_results(frame: pd.DataFrame) -> pd.DataFrame:
