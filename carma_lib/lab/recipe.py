@@ -10,10 +10,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from carma_lib.files import fingerprint
 from carma_lib.losses import CarmaConfig
+from carma_lib.models.pretrained import names
 from carma_lib.models.table import settings_for
 from carma_lib.models import SMALL_FAMILIES, load_config, native_bf16
 from carma_lib.pooling import PROTOCOLS
-from carma_lib.pretrained import names
 
 SMALL_STARTS = ("random", "base")
 Level = Literal["word", "phrase"]
