@@ -121,7 +121,7 @@ def test_a_small_start_has_defaults_but_needs_a_length_and_seeds():
     ({}, (1,), "no steps or epochs for sentiment"), ({"steps": {"inverse_dictionary": 3}}, (1,), "no steps or epochs for sentiment"),
     ({"steps": 3}, (), "no seeds"), ({"stepps": 3}, (1,), "unknown setting 'stepps'; there are accumulation"),
     ({"stepps": {"sentiment": 3}}, (1,), "unknown setting 'stepps'"), ({"steps": {"sentiment": "3"}}, (1,), "'steps'"),
-    ({"steps": 3, "epochs": 1}, (1,), "steps and epochs are both given"), ({"steps": 3, "layers": 1, "mi_layers": (0, 1), "warmup_steps": 1}, (1,), "mi_layers"),
+    ({"steps": 3, "epochs": 1}, (1,), "steps and epochs are both given"), ({"steps": 3, "layers": 1, "mi_layers": (0, 1), "warmup_steps": 1}, (1,), "stability_layers"),
     ({"steps": 50}, (1,), "warmup_steps")], ids=str)
 def test_gaps_that_nothing_fills(wrong, seeds, named):
     refused(lambda: recipe_for("sentiment", wrong, seeds=seeds), named)
@@ -147,7 +147,7 @@ def other_of(name, value):
                "keep": "last", "test_at": (3,), "level": "phrase", "precision": "bf16", "adapter": "lora", "similarity": "dot",
                "batch_size": 16, "width": 32, "mi_layers": (0, 0), "stability_layers": (0, 2), "num_negatives": None,
                "test_splits": (), "changed_splits": ("test_seen",), "rates": (0.4,), "depth_shares": (1.0,), "protocols": ("max",),
-               "levels": ("phrase",), "measures": ("drift",)}
+               "levels": ("phrase",), "measures": ("drift",), "synonyms": "ranked"}
     if name in special:
         return special[name]
     return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2

@@ -50,8 +50,12 @@ def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"unknown setting '{name}'; there are {', '.join(sorted(kind.model_fields))}"
+    if first["type"] == "missing":
+        return f"'{name}' is missing"
     why = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{why}" if not name else f"'{name}' must be {why}, not {first['input']!r}"
+    if first["type"] == "value_error":  # a sentence of its own, such as that of a part
+        return f"{name}: {why}" if name else why
+    return f"'{name}' must be {why}, not {first['input']!r}"
 
 
 class Training(_Strict):

@@ -1,7 +1,7 @@
 """A study read from its plan: trials that choose strengths on validation rows, then blocks of tested cells.
 
     tasks: [controlled_sentiment]
-    settings: {steps: 480, test_at: [60, 120, 240], batch_size: 16}    # fields of Recipe, for every cell
+    settings: {steps: 480, test_at: [60, 120, 240], keep: last, batch_size: 16}     # fields of Recipe, for every cell
     starts:                                  # what cells begin from: a name, and the settings in which it differs
       base: {start: base}
     trials:
@@ -26,9 +26,10 @@ import pandas as pd
 import yaml
 from pydantic import BeforeValidator, Field
 
-from carma_lib.files import reading
+from carma_lib.files import RunError, reading
 from carma_lib.lab.cell import Cell
 from carma_lib.lab.recipe import Recipe, _Strict, _tuple, recipe_for
+from carma_lib.methods import check_method
 from carma_lib.tasks import task_named
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
@@ -77,6 +78,10 @@ class Study(_Strict):
         for name, block in self.blocks.items():
             if unknown := [start for start in block.starts if start not in self.starts]:
                 raise ValueError(f"block '{name}' names the start '{unknown[0]}', which the plan does not have")
+        for method in (*self.trials.strengths, *(method for block in self.blocks.values() for method in block.methods)):
+            check_method(method)
+        if self.settings.get("keep") != "last":
+            raise ValueError("settings need 'keep: last': every tested step is the model of that step")
         if not {len(values) for values in self.trials.strengths.values()} or len(
                 {len(values) for values in self.trials.strengths.values()}) > 1:
             raise ValueError("every method needs the same number of trials")
@@ -164,8 +169,10 @@ def _parsed(study: str) -> dict[str, Any]:
 
 def read_study(file: Path, changes: Mapping[str, Any] | None = None) -> Study:
     """A study's plan, with some of it changed: mappings are changed by key. `RunError` or `ValueError` in one line."""
-    with reading(file, "give the path of a study's plan"):
-        plan = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    with reading(file, "correct it"):
+        plan = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if Path(file).is_file() else None
+    if not isinstance(plan, dict):
+        raise RunError(f"{file} holds no plan of a study; give the path of one")
     return Study(**_merged(plan, changes or {}))
 
 
