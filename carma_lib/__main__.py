@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
+
 EPILOG = """examples:
   python -m carma_lib run                                   the embedded study (profile default)
   python -m carma_lib run --profile ci --dry-run            check everything, say what would be done, and stop
@@ -64,36 +66,43 @@ def build_parser() -> argparse.ArgumentParser:
 class _Stopped(BaseException):
     """An interruption (Ctrl-C, exit code 130) or a termination (SIGTERM, 143)."""
 
-    def __init__(self, code: int) -> None:
-        self.code = code
-
-
-def _stop(number: int, frame: object) -> None:
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda *_: os._exit(128 + number))  # a second one does not wait
-    raise KeyboardInterrupt if number == signal.SIGINT else _Stopped(128 + number)
+    def __init__(self, number: int) -> None:
+        self.code = 128 + number
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code."""
     options = build_parser().parse_args(arguments)
-    before = {kind: signal.signal(kind, _stop) for kind in (signal.SIGINT, signal.SIGTERM)}
+    spare = {child.pid for child in psutil.Process().children()}  # of whoever called us
+
+    def again(number: int, frame: object) -> None:
+        _stopped(options, 128 + number, spare, seconds=0.5)
+
+    def stop(number: int, frame: object) -> None:
+        for kind in before:
+            signal.signal(kind, again)
+        raise KeyboardInterrupt if number == signal.SIGINT else _Stopped(number)
+
+    before = {}
     try:
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            before[kind] = signal.signal(kind, stop)
         return _command(options)
-    except (KeyboardInterrupt, _Stopped) as stop:
-        return _stopped(options, getattr(stop, "code", 130))
+    except (KeyboardInterrupt, _Stopped) as stopped:
+        return _stopped(options, getattr(stopped, "code", 130), spare)
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
 
-def _stopped(options: argparse.Namespace, code: int) -> int:
+def _stopped(options: argparse.Namespace, code: int, spare: set[int], seconds: float = 3) -> None:
+    """End our kernels and workers, say so in the last line, and exit."""
     from carma_lib import notebooks
 
-    notebooks.end_children()
+    notebooks.end_children(spare, seconds)
     way = "the same command" if options.command == "sweep" else "--resume"
-    print(f"\ncarma_lib: {'interrupted' if code == 130 else 'terminated'}; what is done is kept, {way} goes on from there",
-          file=sys.stderr, flush=True)
+    line = f"\ncarma_lib: {'interrupted' if code == 130 else 'terminated'}; what is done is kept, {way} goes on from there\n"
+    os.write(2, line.encode())  # not print: the signal may have come in the middle of one
     os._exit(code)  # threads of kernels and workers that have ended would still be waited for
 
 

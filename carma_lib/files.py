@@ -141,7 +141,7 @@ def write_checksums(folder: Path | str) -> None:
     Files that begin with a point are left out, since they are caches and unfinished files.
     """
     folder = Path(folder)
-    found = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    found = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
              for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CHECKSUMS
              and not any(part.startswith(".") for part in path.relative_to(folder).parts)}
     write_json(folder / CHECKSUMS, found)
@@ -163,7 +163,7 @@ def check_folder(folder: Path | str, *, content: bool = True) -> str | None:
                 return f"{path} is missing"
             if (size := path.stat().st_size) != facts["bytes"]:
                 return f"{path} has {size:,} bytes, not {facts['bytes']:,}"
-            if content and _sha256(path) != facts["sha256"]:
+            if content and sha256_of(path) != facts["sha256"]:
                 return f"{path} has other content than when it was written"
     except RunError as error:
         return str(error)
@@ -172,7 +172,8 @@ def check_folder(folder: Path | str, *, content: bool = True) -> str | None:
     return None
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal digits."""
     with reading(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -2,21 +2,44 @@
 from __future__ import annotations
 
 import ast
+import difflib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from carma_lib.collate import LEVELS
 from carma_lib.files import RunError, code_fingerprint, fingerprint, read_json, user_path
 from carma_lib.lab.cell import Cell
-from carma_lib.lab.recipe import Recipe, Testing, Training, recipe_for
+from carma_lib.lab.recipe import SMALL_STARTS, Recipe, Testing, Training, recipe_for
 from carma_lib.lab.study import read_study
-from carma_lib.tasks import task_named
+from carma_lib.methods import METHODS
+from carma_lib.models import load_config
+from carma_lib.pooling import PROTOCOLS
+from carma_lib.tasks import TASKS, task_named
 from carma_lib.tasks.controlled.lexicon import lexicon_file
 from carma_lib.tasks.wordnet import SPLIT_KEYS
 
 MANIFEST = "nbs_ci.yml"
+#: What a parameter of any notebook must be, or each entry of a list, beside its type.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("workers", "layers", "width", "rounds", "threads", "batches", "num_negatives", "quick_steps", "quality_items"),
+                    (lambda value: value >= 1, "at least 1")),
+    **dict.fromkeys(("test_items", "pooled_items", "shown_items", "item", "repeated_cells"), (lambda value: value >= 0, "at least 0")),
+    **dict.fromkeys(("seed", "seeds"), (lambda value: type(value) is int and 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")),
+    **dict.fromkeys(("rates", "depth_shares", "depth_share"), (lambda value: 0 < value <= 1, "above 0 and at most 1")),
+    **dict.fromkeys(("confidence", "margin"), (lambda value: 0 < value < 1, "between 0 and 1")),
+    **dict.fromkeys(("method", "methods", "baseline"), (lambda value: value in METHODS, f"one of {', '.join(METHODS)}")),
+    **dict.fromkeys(("levels", "level"), (lambda value: value in LEVELS or 0 < value < 1, f"one of {', '.join(LEVELS)}")),
+    "protocols": (lambda value: value in PROTOCOLS, f"one of {', '.join(PROTOCOLS)}"),
+    "split_by": (lambda value: value in SPLIT_KEYS, f"one of {', '.join(SPLIT_KEYS)}"),
+    "vocabulary_size": (lambda value: value >= 258, "at least 258"),
+    "temperature": (lambda value: 1e-6 <= value < math.inf, "at least 1e-6"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +63,7 @@ class Plan:
     notebooks: tuple[Notebook, ...]
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Per notebook: its parameters and code, the library's code and data, and all that of the notebooks before."""
         package = Path(__file__).parent
@@ -77,7 +100,8 @@ def read_manifest(root: Path) -> tuple[list[Notebook], dict[str, dict[str, dict[
             raise TypeError("a profile holds notebook: {parameter: value}, or notebook: false")
         return notebooks, profiles
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise RunError(f"{root / MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RunError(f"{root / MANIFEST} cannot be read: {why}") from error
 
 
 def make_plan(profile: str, *, run_dir: Path | None = None, settings: dict[str, str] | None = None,
@@ -137,8 +161,11 @@ def _apply_settings(settings: dict[str, str], chosen: dict[str, dict[str, Any]],
             kind = Training if name in Training.model_fields else Testing if name in Testing.model_fields else None
             home = {Training: "02_finetune", Testing: "03_evaluate"}.get(kind)
             if home not in known or notebook not in ("", home):
-                available = sorted({name for parameters in known.values() for name in parameters} | {*Recipe.model_fields})
-                raise RunError(f"no notebook has the parameter '{key}'; there are {', '.join(available)}")
+                available = sorted({name for parameters in known.values() for name in parameters} | (
+                    {*Recipe.model_fields} if "02_finetune" in known else set()))
+                near = difflib.get_close_matches(name, available, 5) if len(available) > 20 else []
+                raise RunError(f"no notebook has the parameter '{key}'; there are {', '.join(near or available)}"
+                               f"{' and others' if near else ''}")
             chosen[home].setdefault("recipe", {})[name] = _literal(literal)
             continue
         for target in targets:
@@ -149,7 +176,7 @@ def _literal(text: str) -> Any:
     """A value of the command line: a Python literal, else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -164,32 +191,49 @@ def _check_values(parameters: dict[str, dict[str, Any]]) -> None:
     name = ""
     try:
         for name, values in parameters.items():
-            for task in (*values.get("tasks", ()), *values.get("further_tasks", ())):
-                task_named(task)
-            for setting in ("tasks", "methods", "seeds", "blocks"):
-                listed = values.get(setting, ())
-                if len(set(listed)) < len(listed):
-                    raise ValueError(f"{setting} names something twice: {listed}")
-            for setting in ("confidence", "margin"):
-                if not 0 < values.get(setting, 0.5) < 1:
-                    raise ValueError(f"{setting} must lie between 0 and 1, not {values[setting]}")
-            if values.get("workers", 1) < 1:
-                raise ValueError(f"workers is {values['workers']}; it must be at least 1")
-            if values.get("split_by", "synset") not in SPLIT_KEYS:
-                raise ValueError(f"split_by is one of {', '.join(SPLIT_KEYS)}, not '{values['split_by']}'")
+            for setting, value in values.items():
+                _check_value(setting, value)
+            if name != "02_finetune" and values.get("start", "random") not in SMALL_STARTS:
+                load_config(values["start"])
             if "plan" in values and "changes" in values:
-                read_study(project_root() / values["plan"], values["changes"])
+                study = read_study(project_root() / values["plan"], values["changes"])
+                if unknown := [block for block in values.get("blocks", ()) if block not in study.blocks]:
+                    raise ValueError(f"the plan has no block '{unknown[0]}'; it has {', '.join(study.blocks)}")
+            for setting in ("archive", "trials_from"):
+                if (folder := values.get(setting)) and (project_root() / folder).is_file():
+                    raise ValueError(f"{setting} is a folder, and {folder} is a file")
         if name := "02_finetune" if "02_finetune" in parameters else "":
             _check_cells(parameters[name], parameters.get("03_evaluate", {}))
+            if name := "04_statistics" if "04_statistics" in parameters else "":
+                _check_comparison(parameters["02_finetune"]["methods"], parameters[name]["methods"])
     except (ValueError, TypeError, OSError) as error:
         if "hub cannot be reached" not in str(error):  # what depends on the model is then checked when it is loaded
             raise RunError(f"{name}: {' '.join(str(error).split())}") from error
+
+
+def _check_value(setting: str, value: Any) -> None:
+    each = value if isinstance(value, list) else [value]
+    if any(entry in each[:place] for place, entry in enumerate(each)):
+        raise ValueError(f"{setting} names something twice: {value}")
+    for entry in each:
+        if setting in ("task", "tasks", "further_tasks"):
+            task_named(entry)
+        if setting in _RULES:
+            fits, what = _RULES[setting]
+            try:
+                right = fits(entry)
+            except TypeError:
+                right = False
+            if not right:
+                raise ValueError(f"{setting} must be {what}, not {entry!r}")
 
 
 def _check_cells(training: dict[str, Any], testing: dict[str, Any]) -> None:
     for setting in ("tasks", "methods"):
         if not training[setting]:
             raise ValueError(f"{setting} is empty; name at least one")
+    if wrong := [name for name in testing.get("recipe", {}) if name not in Testing.model_fields]:
+        raise ValueError(f"03_evaluate: '{wrong[0]}' is no setting of the tests; there are {', '.join(Testing.model_fields)}")
     tests = {name: testing[name] for name in testing if name in Testing.model_fields} | testing.get("recipe", {})
     for task in training["tasks"]:
         filled = recipe_for(task_named(task).kind, {"start": training["start"], "steps": training["steps"],
@@ -197,6 +241,16 @@ def _check_cells(training: dict[str, Any], testing: dict[str, Any]) -> None:
         for method in training["methods"]:
             for seed in filled.seeds:
                 Cell(task, method, seed, filled.recipe)
+    if unknown := [name for name in filled.recipe.tokenizer_tasks if name not in TASKS]:
+        raise ValueError(f"tokenizer_tasks: unknown task '{unknown[0]}'; there are {', '.join(TASKS)}")
+
+
+def _check_comparison(trained: list[str], compared: list[str]) -> None:
+    if absent := [name for name in compared if name not in trained]:
+        raise ValueError(f"methods names '{absent[0]}', which 02_finetune does not train; it trains {', '.join(trained)}")
+    if len({*trained} - {"untuned"}) < 2:
+        raise ValueError("there is nothing to compare: 02_finetune.methods must name two that train, such as "
+                         "[\"fine_tuning\", \"carma\"]")
 
 
 def _check_types(notebook: str, parameters: dict[str, Any], known: dict[str, Any]) -> None:
@@ -222,13 +276,27 @@ def run_folder(run_dir: str | Path) -> Path:
     return folder
 
 
+def read_status(run_dir: Path) -> dict[str, dict[str, Any]] | None:
+    """The entries of a run folder's `status.json` by notebook; None if there is no such file, {} if it is damaged."""
+    try:
+        status = read_json(run_dir / "status.json", keys=("notebooks",))
+    except RunError:
+        return {}
+    if status is None:
+        return None
+    entries = status["notebooks"] if isinstance(status["notebooks"], dict) else {}
+    return {name: entry for name, entry in entries.items() if isinstance(entry, dict)
+            and isinstance(entry.get("parameters"), dict) and isinstance(entry.get("seconds", 0), (int, float))
+            and {"state", "fingerprint"} <= entry.keys()}
+
+
 def describe(plan: Plan, *, resume: bool) -> str:
     """What a run would do, for `--dry-run`: notebooks, parameters, inputs and outputs, what is done already."""
-    status = read_json(plan.run_dir / "status.json") or {"notebooks": {}}
+    entries = read_status(plan.run_dir) or {}
     lines = [f"profile {plan.profile} → {plan.run_dir}"]
     for notebook in plan.notebooks:
-        entry = status["notebooks"].get(notebook.name, {})
-        done = entry.get("state") == "done" and entry.get("fingerprint") == plan.fingerprints[notebook.name]
+        entry = entries.get(notebook.name, {})
+        done = entry.get("state") == "done" and entry["fingerprint"] == plan.fingerprints[notebook.name]
         took = f", took {entry['seconds']:.0f} s before" if entry.get("seconds") else ""
         lines.append(f"\n{notebook.name}: {'done, will be skipped' if done and resume else 'will run'}"
                      f" (at most {notebook.total_seconds} s{took})")

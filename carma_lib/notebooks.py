@@ -14,16 +14,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from carma_lib.files import RunError, locked, read_json, whole_file, write_json
-from carma_lib.manifest import MANIFEST, Notebook, Plan, make_plan, project_root, run_folder, source_of
+from carma_lib.files import PARTIAL, RunError, locked, remove_partial, sha256_of, whole_file, write_json
+from carma_lib.manifest import MANIFEST, Notebook, Plan, make_plan, project_root, read_status, run_folder, source_of
 
 __all__ = ["check_run_folder", "execute", "project_root", "publish", "run_folder", "tidy_notebook", "versions"]
+
+#: What a run folder holds beside what the manifest names.
+_OURS = {"lock", "status.json", "notebooks", "data", "cells", "starts", "cache", "tables", "figures", "study", "study_work",
+         "report.html"}
 
 
 def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
@@ -36,10 +40,11 @@ def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
 
     with locked(plan.run_dir / "lock", busy=f"{plan.run_dir} is in use by another run; wait for it, or give another --run-dir"):
         status = _open_status(plan, resume=resume, fresh=fresh)
+        remove_partial(plan.run_dir)
         for number, notebook in enumerate(plan.notebooks, start=1):
             entry = status["notebooks"][notebook.name]
             label = f"[{number}/{len(plan.notebooks)}] {notebook.name}"
-            if entry["state"] == "done" and _makes_present(plan, notebook):
+            if entry["state"] == "done" and _makes_present(plan, notebook) and _as_made(plan.run_dir, entry):
                 print(f"{label}: done before, skipped", flush=True)
                 continue
             print(f"{label}: running", flush=True)
@@ -51,16 +56,21 @@ def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
 
 def check_run_folder(plan: Plan, *, resume: bool, fresh: bool) -> None:
     """`RunError` where the run folder holds something that this run may neither go on with nor throw away."""
-    status = read_json(plan.run_dir / "status.json")
-    if status is None:
-        if plan.run_dir.is_dir() and any(path.name != "lock" for path in plan.run_dir.iterdir()):
-            raise RunError(f"{plan.run_dir} holds files but no run of this runner; give another --run-dir, "
-                           "or empty it yourself")
+    above = next(path for path in (plan.run_dir, *plan.run_dir.parents) if path.exists())
+    if not above.is_dir():
+        raise RunError(f"{above} is a file, so {plan.run_dir} can be no folder; give another --run-dir")
+    entries = read_status(plan.run_dir)
+    names = [path.name for path in plan.run_dir.iterdir() if not path.name.startswith(PARTIAL)] if plan.run_dir.is_dir() else []
+    made = _OURS | {Path(made).parts[0] for notebook in plan.notebooks for made in notebook.makes}
+    foreign = [name for name in names if name != "lock" and (entries is None or name not in made)]
+    if not entries and foreign:
+        raise RunError(f"{plan.run_dir} holds files but no run of this runner ({sorted(foreign)[0]}); give another --run-dir, "
+                       "or empty it yourself")
+    if entries is None:
         return
     if not (resume or fresh):
         raise RunError(f"{plan.run_dir} already holds a run; add --resume to go on with it, --fresh to start anew")
-    done = {name: entry for name, entry in status["notebooks"].items()
-            if entry["state"] == "done" and name in plan.parameters}
+    done = {name: entry for name, entry in entries.items() if entry["state"] == "done" and name in plan.parameters}
     for name, entry in done.items() if resume else ():
         old, new = entry["parameters"], plan.parameters[name]
         if old != new:
@@ -74,12 +84,15 @@ def check_run_folder(plan: Plan, *, resume: bool, fresh: bool) -> None:
 
 def _open_status(plan: Plan, *, resume: bool, fresh: bool) -> dict[str, Any]:
     check_run_folder(plan, resume=resume, fresh=fresh)
-    status = read_json(plan.run_dir / "status.json")
-    if status is None or fresh:
+    entries = read_status(plan.run_dir)
+    if entries is None or fresh:
         for path in plan.run_dir.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        status = {"profile": plan.profile, "notebooks": {}}
+        entries = {}
+    elif not entries:
+        print(f"{plan.run_dir / 'status.json'} is damaged: every notebook runs again, finished cells are kept", flush=True)
+    status = {"profile": plan.profile, "notebooks": entries}
     for name, mark in plan.fingerprints.items():
         if status["notebooks"].get(name, {}).get("state") != "done":
             status["notebooks"][name] = {"state": "waiting", "fingerprint": mark,
@@ -97,6 +110,15 @@ def _absent(plan: Plan, patterns: Iterable[str]) -> list[str]:
 
 def _makes_present(plan: Plan, notebook: Notebook) -> bool:
     return not _absent(plan, notebook.makes)
+
+
+def _as_made(run_dir: Path, entry: dict[str, Any]) -> bool:
+    """Whether what a notebook made is there with its content; the first file that is not is named."""
+    for name, mark in (entry["made"].items() if isinstance(entry.get("made"), dict) else ()):
+        if not (run_dir / name).is_file() or sha256_of(run_dir / name) != mark:
+            print(f"{run_dir / name} is not as it was made: its notebook runs again", flush=True)
+            return False
+    return True
 
 
 def _run_one(plan: Plan, notebook: Notebook, status: dict[str, Any]) -> None:
@@ -132,7 +154,7 @@ def _run_one(plan: Plan, notebook: Notebook, status: dict[str, Any]) -> None:
         except BaseException as error:
             tidy_notebook(temporary)
             temporary.replace(failed)
-            if isinstance(error, KeyboardInterrupt) and not out_of_time.is_set():
+            if not isinstance(error, Exception) and not out_of_time.is_set():
                 record("interrupted")
                 raise
             where, why = _failure(error, notebook, out_of_time.is_set(), isinstance(error, CellTimeoutError))
@@ -144,7 +166,8 @@ def _run_one(plan: Plan, notebook: Notebook, status: dict[str, Any]) -> None:
     if not _makes_present(plan, notebook):
         record("failed", error="it ran, but did not make what the manifest says")
         raise RunError(f"{notebook.name} ran, but did not make {', '.join(notebook.makes)} in {plan.run_dir}")
-    record("done")
+    record("done", made={path.relative_to(plan.run_dir).as_posix(): sha256_of(path) for pattern in notebook.makes
+                         for path in sorted(plan.run_dir.glob(pattern)) if path.is_file()})
 
 
 def _kernel_config() -> Any:
@@ -160,9 +183,16 @@ def _kernel_config() -> Any:
     return Config({"KernelManager": {"transport": "ipc", "ip": f"{tempfile.gettempdir()}/carma-{os.getpid()}"}})
 
 
-def end_children(seconds: float = 3) -> None:
-    """End the kernels and workers that this process started, so that what they print comes before our last line."""
-    children = psutil.Process().children(recursive=True)
+def end_children(spare: Collection[int] = (), seconds: float = 3) -> None:
+    """End the kernels and workers that this process started, so that what they print comes before our last line.
+
+    spare: ids of children that stay, with theirs: those of whoever called us.
+    """
+    own = [child for child in psutil.Process().children() if child.pid not in spare]
+    children = []
+    for child in own:
+        with contextlib.suppress(psutil.Error):
+            children += [*child.children(recursive=True), child]
     for child in children:
         with contextlib.suppress(psutil.Error):
             child.terminate()
@@ -227,10 +257,10 @@ def publish() -> list[Path]:
     Raises `RunError` if a notebook is not done, or it or the library has changed since.
     """
     plan = make_plan("default")
-    status = read_json(plan.run_dir / "status.json") or {"notebooks": {}}
+    entries = read_status(plan.run_dir) or {}
     copies = {notebook: plan.run_dir / "notebooks" / f"{notebook.name}.ipynb" for notebook in plan.notebooks}
     for notebook, copy in copies.items():
-        entry = status["notebooks"].get(notebook.name, {})
+        entry = entries.get(notebook.name, {})
         if entry.get("state") != "done":
             raise RunError(f"{notebook.name} is not done in {plan.run_dir}; finish the run first")
         if entry["fingerprint"] != plan.fingerprints[notebook.name] or source_of(copy) != source_of(notebook.path):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from carma_lib.files import RunError, check_folder, fingerprint, read_json, write_json
+from carma_lib.files import RunError, check_folder, fingerprint, read_json, reading, sha256_of, write_json
 from carma_lib.lab.recipe import Recipe, Testing
 from carma_lib.methods import METHODS, check_method
 from carma_lib.tasks import read_card, task_named
@@ -44,7 +44,9 @@ class Cell:
     trial: bool = False
 
     def __post_init__(self) -> None:
-        task_named(self.task)
+        tests = task_named(self.task).tests
+        if unknown := [name for name in self.recipe.test_splits + self.recipe.changed_splits if tests and name not in tests]:
+            raise ValueError(f"{self.task} has no split '{unknown[0]}'; models are tested on {', '.join(tests)}")
         check_method(self.method)
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")
@@ -105,15 +107,16 @@ def save_plan(folder: Path, cells: Iterable[Cell]) -> None:
 def read_plan(folder: Path, **tests: Any) -> list[Cell]:
     """The cells that `save_plan` wrote, with some settings of their tests changed.
 
-    `FileNotFoundError` if there are none, `ValueError` for a wrong setting.
+    `FileNotFoundError` if there are none, `RunError` if the file is damaged, `ValueError` for a wrong setting.
     """
     plan = read_json(folder / "cells" / "plan.json")
     if plan is None:
         raise FileNotFoundError(f"no cells in {folder}: run notebook 02 first")
     if training := [name for name in tests if name not in Testing.model_fields]:
         raise ValueError(f"'{training[0]}' is no setting of the tests; there are {', '.join(Testing.model_fields)}")
-    return [Cell(**{**facts, "change": tuple(facts["change"]), "recipe": Recipe(**{**facts["recipe"], **tests})})
-            for facts in plan]
+    with reading(folder / "cells" / "plan.json", "run notebook 02 again"):
+        cells = [Cell(**{**facts, "change": tuple(facts["change"]), "recipe": Recipe(**facts["recipe"])}) for facts in plan]
+    return [replace(cell, recipe=cell.recipe.but(**tests)) for cell in cells]
 
 
 def cell_folder(folder: Path, cell: Cell) -> Path:
@@ -132,27 +135,42 @@ def testing_mark(folder: Path, cell: Cell) -> str:
     return fingerprint(training_mark(folder, cell), cell.recipe.testing_mark())
 
 
-def is_trained(folder: Path, cell: Cell) -> bool:
-    """Whether the cell's model, made from these settings and data by these rules, is whole (an untuned one always)."""
+def finished_facts(file: Path) -> dict[str, Any]:
+    """What `trained.json` or `tested.json` says; {} if it is absent or damaged, so that it is made again."""
+    try:
+        facts = read_json(file, keys=("mark", "rules"))
+    except RunError:
+        return {}
+    return facts or {}
+
+
+def checksums_of(own: Path, names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of those of these files that there are in a cell's folder."""
+    return {name: sha256_of(own / name) for name in names if (own / name).is_file()}
+
+
+def _whole(own: Path, facts: dict[str, Any]) -> bool:
+    """Whether the files that facts name are there, with their content; earlier facts have sizes only."""
+    marks, sizes = facts.get("sha256", {}), facts.get("sizes", {})
+    return (all((own / name).is_file() and (own / name).stat().st_size == size for name, size in sizes.items())
+            and checksums_of(own, marks) == marks)
+
+
+def is_trained(folder: Path, cell: Cell, *, content: bool = False) -> bool:
+    """Whether the cell's model, made from these settings and data by these rules, is whole (an untuned one always).
+
+    content: its weights are read too (a second a gigabyte), else their sizes are compared.
+    """
     if cell.untuned:
         return True
     own = cell_folder(folder, cell)
-    return (_known_by(own / "trained.json") == (training_mark(folder, cell), TRAINING_RULES)
-            and not check_folder(own / "model"))
+    facts = finished_facts(own / "trained.json")
+    return (bool(facts) and (facts["mark"], facts["rules"]) == (training_mark(folder, cell), TRAINING_RULES)
+            and _whole(own, facts) and not check_folder(own / "model", content=content))
 
 
 def is_tested(folder: Path, cell: Cell) -> bool:
     """Whether the cell's tables, made from these settings and data by these rules, are whole in its folder."""
     own = cell_folder(folder, cell)
-    return _known_by(own / "tested.json") == (testing_mark(folder, cell), RULES) and all(
-        (own / name).is_file() and (own / name).stat().st_size == size
-        for name, size in read_json(own / "tested.json")["sizes"].items())
-
-
-def _known_by(file: Path) -> tuple[Any, Any]:
-    """The mark and the rules in a file of facts; one that is absent or damaged has none, so that its cell is made again."""
-    try:
-        facts = read_json(file, keys=("mark", "rules")) or {}
-    except RunError:
-        facts = {}
-    return facts.get("mark"), facts.get("rules")
+    facts = finished_facts(own / "tested.json")
+    return bool(facts) and (facts["mark"], facts["rules"]) == (testing_mark(folder, cell), RULES) and _whole(own, facts)

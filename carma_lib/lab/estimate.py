@@ -15,12 +15,12 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from carma_lib.files import RunError, read_json
-from carma_lib.lab.cell import Cell, cell_folder
+from carma_lib.files import RunError
+from carma_lib.lab.cell import Cell, cell_folder, finished_facts
 from carma_lib.lab.plan import Sweep
 from carma_lib.lab.worker import is_done
 from carma_lib.models import load_config
-from carma_lib.tasks import DataNotFound, is_built
+from carma_lib.tasks import DataNotFound, is_built, read_card
 
 OPERATIONS_A_SECOND, SHORTEST_STEP, TOKENS_A_ROW = 3e10, 0.03, 24
 
@@ -48,8 +48,10 @@ def _weights(cell: Cell) -> tuple[int, int]:
 
 def _steps(folder: Path, cell: Cell) -> int:
     """Steps of a training; for `epochs` of data that are not built yet, as if they had 10,000 rows."""
-    card = read_json(folder / "data" / cell.task / "card.json")
-    rows = card["counts"]["train"] if card else 10_000
+    try:
+        rows = read_card(folder / "data" / cell.task)["counts"]["train"]
+    except (DataNotFound, RunError):
+        rows = 10_000
     return cell.recipe.training_steps(min(rows, cell.recipe.training_items or rows))
 
 
@@ -61,7 +63,7 @@ def open_cells(sweep: Sweep) -> tuple[Cell, ...]:
     def needs_work(cell: Cell) -> bool:
         try:
             return cell.task not in current or not is_done(sweep.run_dir, cell, "tested")
-        except DataNotFound:
+        except (DataNotFound, RunError):  # absent or damaged data are built again
             return True
 
     return tuple(cell for cell in sweep.cells if needs_work(cell))
@@ -71,7 +73,7 @@ def estimate(sweep: Sweep, *, workers: int = 1) -> Estimate:
     """The estimate of a sweep's open cells; `workers` counts for the checkpoints on disk only."""
     waiting, seconds, disk, largest, trainings, measured = open_cells(sweep), 0.0, 0, 0, 0, True
     took = {cell: facts["seconds"] for cell in sweep.cells
-            if (facts := read_json(cell_folder(sweep.run_dir, cell) / "tested.json"))}
+            if isinstance((facts := finished_facts(cell_folder(sweep.run_dir, cell) / "tested.json")).get("seconds"), float)}
     for cell in waiting:
         alike = [value for other, value in took.items() if (other.model, other.task, other.untuned) == (
             cell.model, cell.task, cell.untuned)]
@@ -84,7 +86,9 @@ def estimate(sweep: Sweep, *, workers: int = 1) -> Estimate:
             disk += 4 * trained * cell.recipe.keep_model
             trainings, largest = trainings + 1, max(largest, trained * (cell.recipe.keep == "best"))
     disk += 24 * largest * min(workers, trainings)
-    there = next(path for path in (sweep.run_dir, *sweep.run_dir.parents) if path.is_dir())
+    there = next(path for path in (sweep.run_dir, *sweep.run_dir.parents) if path.exists())
+    if not there.is_dir():
+        raise RunError(f"{there} is a file, so {sweep.run_dir} can be no folder; give another run_dir")
     return Estimate(waiting, seconds, measured and bool(waiting), disk, shutil.disk_usage(there).free)
 
 

@@ -30,6 +30,7 @@ from carma_lib.lab.cell import Cell
 from carma_lib.lab.recipe import Testing, recipe_for
 from carma_lib.methods import check_method
 from carma_lib.tasks import build_task, task_named, task_names
+from carma_lib.tasks.wordnet import SPLIT_KEYS
 
 NEEDED = ("run_dir", "tasks", "models", "methods", "seeds")
 KEYS = (*NEEDED, "settings", "conditions", "data")
@@ -140,6 +141,8 @@ def _data(given: Any, tasks: list[str]) -> dict[str, dict[str, Any]]:
             if known[name] is not None and type(value) is not type(known[name]):
                 raise ValueError(f"data of {task}: '{name}' takes {type(known[name]).__name__}, such as "
                                  f"{known[name]!r}, not {value!r}")
+        if parameters.get("split_by", "synset") not in SPLIT_KEYS:
+            raise ValueError(f"data of {task}: split_by is one of {', '.join(SPLIT_KEYS)}, not {parameters['split_by']!r}")
     return {task: dict(parameters) for task, parameters in given.items()}
 
 

@@ -14,14 +14,14 @@ from distributed import CancelledError, Client, Future, wait
 from distributed.scheduler import KilledWorker
 from tqdm import tqdm
 
-from carma_lib.files import RunError, locked, write_json
+from carma_lib.files import RunError, locked, remove_partial, write_json
 from carma_lib.lab.cell import Cell, cell_folder
 from carma_lib.lab.cluster import local_client
 from carma_lib.lab.start import steps_of
 from carma_lib.lab.study import Study, best_trials, chosen
 from carma_lib.lab.tables import in_archive, pack, read_cells
 from carma_lib.lab.worker import Stage, attempts, is_done, one_line, prepare, prepare_base, run_cell
-from carma_lib.tasks import build_task
+from carma_lib.tasks import DataNotFound, build_task, read_card
 from carma_lib.tasks.file import PREFIX as OWN
 
 COLLECT_SECONDS = 30
@@ -51,8 +51,9 @@ def run(cells: Iterable[Cell], folder: Path, client: Client | None = None, *, wo
         raise ValueError(f"retries is {retries}; it must be at least 0")
     with locked(folder / "cells" / "lock", busy=f"{folder} is in use by another run; wait for it, or give another folder"):
         for task in dict.fromkeys(name for cell in cells for name in (cell.task, *cell.recipe.tokenizer_tasks)):
-            if not task.startswith(OWN) or task in (data or {}):
-                build_task(task, folder / "data" / task, **(data or {}).get(task, {}))
+            _build(folder / "data" / task, task, (data or {}).get(task))
+        for part in ("cells", "data", "starts"):
+            remove_partial(folder / part)
         book = _Book(folder, cells, stage, done or (lambda cell: False))
         if book.open:
             with contextlib.nullcontext(client) if client else local_client(workers) as own:
@@ -69,6 +70,19 @@ def run_trials(study: Study, folder: Path, archive: Path, *, workers: int | None
         rates = chosen(best_trials(read_cells(archive, trials=True)[1]))[0] if others else {}
         trials = study.strength_trials(rates) if others else study.learning_rate_trials()
         run(trials, folder, workers=workers, done=done, collect=lambda: pack(folder, trials, archive))
+
+
+def _build(place: Path, task: str, parameters: Mapping[str, Any] | None) -> None:
+    """The data of a task: as asked for, else as they were built before, else as `build_task` does by itself."""
+    if parameters is None:
+        try:
+            before = read_card(place)["parameters"]
+        except DataNotFound:
+            before = {}
+        parameters = {name: before[name] for name in ("seed", "split_by", "train_phrases") if name in before}
+        if task.startswith(OWN):  # whose file only notebook 1 or a sweep knows
+            return
+    build_task(task, place, **parameters)
 
 
 class _Book:

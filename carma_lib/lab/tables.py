@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.dataset as arrow
 import pyarrow.parquet as parquet
 
-from carma_lib.files import read_json, reading, whole_file
+from carma_lib.files import RunError, read_json, reading, whole_file
 from carma_lib.lab.cell import FACTS, RULES, Cell, cell_folder, is_tested, testing_mark
 from carma_lib.lab.start import model_name
 from carma_lib.stats.table import RESULT_COLUMNS, ResultsError
@@ -27,13 +27,20 @@ def pack(folder: Path, cells: Iterable[Cell], archive: Path) -> pd.DataFrame:
     if not ready:
         return read_facts(archive)
     facts = pd.DataFrame([{**cell.facts(), **read_json(cell_folder(folder, cell) / "tested.json")} for cell in ready])
-    facts = facts.drop(columns="sizes").astype({"strength": float, "change": str, "value": str, "trial": bool})
-    known = read_facts(archive)
+    facts = facts.drop(columns=["sizes", "sha256"], errors="ignore").astype({"strength": float, "change": str, "value": str, "trial": bool})
+    try:
+        known = read_facts(archive)
+    except RunError:
+        if archive != folder:  # which holds cells that are nowhere else
+            raise
+        known = read_facts(archive / "none")
     stays = known[~known["cell"].isin(facts["cell"])] if len(known) else known
     tables = {"cells": [pa.Table.from_pandas(part, preserve_index=False) for part in (stays, facts) if len(part)]}
     for name, file in (("measures", "measures.parquet"), ("results", "answers.parquet")):
-        old = [arrow.dataset(archive / f"{name}.parquet").to_table(
-            filter=arrow.field("cell").isin(list(stays["cell"])))] if len(stays) and (archive / f"{name}.parquet").is_file() else []
+        old = []
+        if len(stays) and (archive / f"{name}.parquet").is_file():
+            with reading(archive / f"{name}.parquet"):
+                old = [arrow.dataset(archive / f"{name}.parquet").to_table(filter=arrow.field("cell").isin(list(stays["cell"])))]
         tables[name] = old + [_part(cell_folder(folder, cell) / file, cell) for cell in ready
                               if (cell_folder(folder, cell) / file).is_file()]
     for name in reversed(NAMES):  # the list of cells last: what it names is there

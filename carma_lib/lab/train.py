@@ -17,8 +17,8 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from carma_lib.collate import Collator, encode
-from carma_lib.files import read_json, whole_file, whole_folder, write_json, write_checksums
-from carma_lib.lab.cell import TRAINING_RULES, Cell, cell_folder, is_trained, training_mark
+from carma_lib.files import RunError, check_folder, read_json, whole_file, whole_folder, write_json, write_checksums
+from carma_lib.lab.cell import TRAINING_RULES, Cell, cell_folder, checksums_of, is_trained, training_mark
 from carma_lib.lab.evaluate import asked_rows, clean_answers, test_splits
 from carma_lib.lab.start import answer_column, one_gpu, prompt_of, start_model, steps_of, tokenizer_of, training_rows
 from carma_lib.models import add_adapter, load_model, save_adapter
@@ -47,7 +47,7 @@ def trained(folder: Path, cell: Cell) -> Trained:
     if cell.untuned:
         model = start_model(folder, cell)
         return Trained(_on_device(model.eval()), [], [], {"budget": 0, "training_seconds": 0.0})
-    if is_trained(folder, cell):
+    if is_trained(folder, cell, content=True):
         model = load_model(str(own / "model"), dtype=torch.float32)[0]
         on_the_way = [pd.read_parquet(own / "on_the_way.parquet")] if (own / "on_the_way.parquet").is_file() else []
         return Trained(_on_device(model.eval()), on_the_way, read_json(own / "trained.json")["measures"],
@@ -83,6 +83,7 @@ def _train(folder: Path, cell: Cell, own: Path, steps: int) -> Trained:
         own.mkdir(parents=True, exist_ok=True)
         with whole_file(own / "history.csv") as temporary:
             history.to_csv(temporary, index=False)
+        (own / "on_the_way.parquet").unlink(missing_ok=True)
         if on_the_way.tables:
             with whole_file(own / "on_the_way.parquet") as temporary:
                 pd.concat(on_the_way.tables).to_parquet(temporary, index=False)
@@ -95,7 +96,8 @@ def _train(folder: Path, cell: Cell, own: Path, steps: int) -> Trained:
                     inner.save_pretrained(temporary, state_dict=weights)
                 tokenizer.save_pretrained(temporary)
                 write_checksums(temporary)
-            write_json(own / "trained.json", {**cell.facts(), **facts, "recipe": dict(recipe)})
+            write_json(own / "trained.json", {**cell.facts(), **facts, "recipe": dict(recipe),
+                                               "sha256": checksums_of(own, ("history.csv", "on_the_way.parquet"))})
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         shutil.rmtree(work, ignore_errors=True)
@@ -132,6 +134,10 @@ class _Tests(TrainerCallback):
             tables, measures = tested_clean(folder, cell, model, step)
             self.tables += tables
             self.measures += measures
+
+    def on_save(self, args, state, control, **unused):
+        if args.world_size == 1:  # several processes write their shards by themselves
+            write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def tested_clean(folder: Path, cell: Cell, model: Any, budget: int) -> tuple[list[pd.DataFrame], list[dict[str, Any]]]:
@@ -174,12 +180,18 @@ def _arguments(work: Path, cell: Cell, steps: int) -> TrainingArguments:
 def _open_work(folder: Path, cell: Cell, work: Path) -> bool:
     """Make the folder of an unfinished training; whether it holds a whole checkpoint of this cell to go on from."""
     mark = [training_mark(folder, cell), TRAINING_RULES]
-    if read_json(work / "mark.json") != mark:
+    try:
+        same = read_json(work / "mark.json") == mark
+    except RunError:
+        same = False
+    if not same:
         shutil.rmtree(work, ignore_errors=True)
         write_json(work / "mark.json", mark)
     for checkpoint in work.glob("checkpoint-*"):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # what the trainer writes last
+            if cell.recipe.processes == 1 and (reason := check_folder(checkpoint)):
+                raise ValueError(reason)
         except (OSError, ValueError):
             shutil.rmtree(checkpoint)
     return any(work.glob("checkpoint-*"))

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from carma_lib.files import locked, whole_file, write_json
-from carma_lib.lab.cell import RULES, Cell, cell_folder, is_tested, is_trained, testing_mark
+from carma_lib.lab.cell import RULES, Cell, cell_folder, checksums_of, is_tested, is_trained, testing_mark
 from carma_lib.lab.evaluate import changed_answers, finish, replacements, test_splits
 from carma_lib.lab.measure import measured
 from carma_lib.lab.memory import check_loading, check_memory
@@ -107,7 +107,7 @@ def _test(folder: Path, cell: Cell, model: Trained, started: float) -> None:
             sizes[f"{name}.parquet"] = (own / f"{name}.parquet").stat().st_size
     facts = {name: value for name, value in model.facts.items() if name in ("training_seconds", "bf16", "best_accuracy")}
     write_json(own / "tested.json", {**cell.facts(), "mark": testing_mark(folder, cell), "rules": RULES, "budget": budget, **facts,
-                                     "seconds": round(time.monotonic() - started, 1), "sizes": sizes})
+                                     "seconds": round(time.monotonic() - started, 1), "sizes": sizes, "sha256": checksums_of(own, sizes)})
 
 
 def _note(own: Path, **facts: Any) -> None:
@@ -119,12 +119,12 @@ def _note(own: Path, **facts: Any) -> None:
 def attempts(own: Path) -> list[dict[str, Any]]:
     """The lines of a cell's log; one that was cut short is left out."""
     lines = []
-    for line in (own / "attempts.jsonl").read_text(encoding="utf-8").splitlines() if (own / "attempts.jsonl").is_file() else ():
+    for line in (own / "attempts.jsonl").read_text(encoding="utf-8", errors="replace").splitlines() if (own / "attempts.jsonl").is_file() else ():
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-    return [line for line in lines if isinstance(line, dict)]
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("state"), str)]
 
 
 def one_line(error: BaseException) -> str:

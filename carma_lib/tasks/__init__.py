@@ -38,6 +38,7 @@ class Task:
     kind: str  # "inverse_dictionary", "sentiment" or "own"
     synonyms: str  # "controlled" or "wordnet"
     answer: str = "token"  # or "text": several tokens, see `carma_lib.collate.encode`
+    tests: tuple[str, ...] = ("test",)  # its test splits; none are known of a file before it is read
 
     def replacement(self, rows: datasets.Dataset) -> dict[str, Any]:
         """`source` and `forbidden` of `replaced_rows` for rows of this task: a definition never receives its target."""
@@ -45,10 +46,11 @@ class Task:
                 "forbidden": rows["target"] if self.kind == "inverse_dictionary" else None}
 
 
+_CONTROLLED = ("test_seen", "test_held_out", "test_longer")
 TASKS = {
-    "controlled_inverse_dictionary": Task("inverse_dictionary", "controlled"),
-    "controlled_sentiment": Task("sentiment", "controlled"),
-    "wordnet_inverse_dictionary": Task("inverse_dictionary", "wordnet"),
+    "controlled_inverse_dictionary": Task("inverse_dictionary", "controlled", tests=_CONTROLLED),
+    "controlled_sentiment": Task("sentiment", "controlled", tests=_CONTROLLED),
+    "wordnet_inverse_dictionary": Task("inverse_dictionary", "wordnet", tests=("test", "test_headword")),
     "sst3": Task("sentiment", "wordnet"),
     "sst5": Task("sentiment", "wordnet"),
 }
@@ -66,7 +68,7 @@ def task_named(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
     if isinstance(name, str) and (own.is_file_name(name) or name.startswith(own.PREFIX)):
-        return Task("own", "wordnet", "text")
+        return Task("own", "wordnet", "text", ())
     raise ValueError(f"unknown task '{name}'; the tasks are {', '.join(TASKS)}, and files that end in "
                      f"{', '.join(own.FORMATS)}")
 
