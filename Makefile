@@ -3,6 +3,7 @@
 # make book     the notebooks, these pages and the reference as a site: build/book/index.html
 # make lab      the notebooks in JupyterLab
 # make bench    timings of the training step
+# make attack   kills, full disks, bad inputs over a small run and a small sweep; hours (ARGS="--kills 5" for a try)
 # make install  .venv with this package; make clean removes runs and caches
 PYTHON ?= python3
 PROFILE ?= default
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: run install test book lab bench clean
+.PHONY: run install test book lab bench attack clean
 
 run: install
 	$(BIN)/python -m carma_lib run --profile $(PROFILE) $(if $(findstring --fresh,$(ARGS)),,--resume) $(ARGS)
@@ -41,6 +42,9 @@ lab: install
 bench: install
 	$(BIN)/python benchmarks/step.py $(ARGS)
 	$(if $(ARGS),,$(BIN)/python benchmarks/long.py)
+
+attack: install
+	$(BIN)/python benchmarks/attack.py $(ARGS)
 
 clean:
 	rm -rf runs build dist .pytest_cache

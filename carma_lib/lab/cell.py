@@ -115,6 +115,8 @@ def read_plan(folder: Path, **tests: Any) -> list[Cell]:
     if training := [name for name in tests if name not in Testing.model_fields]:
         raise ValueError(f"'{training[0]}' is no setting of the tests; there are {', '.join(Testing.model_fields)}")
     with reading(folder / "cells" / "plan.json", "run notebook 02 again"):
+        if not isinstance(plan, list):
+            raise ValueError("it holds no list of cells")
         cells = [Cell(**{**facts, "change": tuple(facts["change"]), "recipe": Recipe(**facts["recipe"])}) for facts in plan]
     return [replace(cell, recipe=cell.recipe.but(**tests)) for cell in cells]
 

@@ -1,0 +1,217 @@
+"""Runs and sweeps under attack: bad inputs by every door, damaged finished things, interrupts. `make attack` does more."""
+import importlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bad_inputs
+
+from carma_lib import manifest, notebooks
+from carma_lib.files import RunError, write_json
+from carma_lib.lab.cell import Cell, cell_folder, is_tested, is_trained
+from carma_lib.lab.plan import read_sweep
+from carma_lib.lab.recipe import recipe_for
+from carma_lib.lab.run import _build
+from carma_lib.lab.worker import attempts, run_cell
+from carma_lib.tasks import build_task, read_card
+
+
+@pytest.mark.parametrize("door", bad_inputs.DOORS)
+def test_every_bad_input_gives_one_clear_line(door, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    number, wrong = bad_inputs.faults(door, tmp_path)
+    assert number >= 10 and wrong == {}
+
+
+# --- run folders ------------------------------------------------------------------------------------------------
+
+WAIT = "from carma_lib.notebooks import run_folder\nimport time\ntime.sleep(seconds)\n(run_folder(run_dir) / 'end.txt').write_text('end')"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A clone of one notebook that sleeps."""
+    (tmp_path / "notebooks").mkdir()
+    cells = [nbformat.v4.new_code_cell("run_dir: str = 'runs/default'\nseconds: int = 0"), nbformat.v4.new_code_cell(WAIT)]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "notebooks" / "01_wait.ipynb")
+    entry = {"name": "01_wait", "needs": [], "makes": ["end.txt"], "cell_seconds": 100, "total_seconds": 100}
+    (tmp_path / "nbs_ci.yml").write_text(yaml.safe_dump({"notebooks": [entry], "profiles": {"default": None}}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+ODD_STATUS = ["", "\0\0\0", "[]", "{}", '{"notebooks": []}', '{"notebooks": {"01_wait": []}}', '{"notebooks": {"01_wait": {"state": "done"}}}',
+              '{"notebooks": {"01_wait": {"state": "done", "fingerprint": 3, "parameters": [], "seconds": "long"}}}', '{"notebooks": {"01_wai']
+
+
+@pytest.mark.parametrize("text", ODD_STATUS)
+def test_an_odd_status_file_stops_neither_resume_nor_fresh(project, text):
+    plan = manifest.make_plan("default", root=project)
+    (plan.run_dir / "data").mkdir(parents=True)
+    (plan.run_dir / "status.json").write_text(text)
+    for resume in (True, False):
+        notebooks.check_run_folder(plan, resume=resume, fresh=not resume)
+    assert "will run" in manifest.describe(plan, resume=True)
+    with pytest.raises(RunError, match="already holds a run"):
+        notebooks.check_run_folder(plan, resume=False, fresh=False)
+    (plan.run_dir / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="thesis.txt"):
+        notebooks.check_run_folder(plan, resume=False, fresh=True)
+
+
+def test_what_a_kill_leaves_of_a_first_status_is_no_foreign_file(project):
+    plan = manifest.make_plan("default", root=project)
+    plan.run_dir.mkdir(parents=True)
+    (plan.run_dir / ".partial-a.json").write_text("{")
+    notebooks.check_run_folder(plan, resume=False, fresh=False)
+
+
+def test_a_damaged_product_of_a_done_notebook_is_made_again(project, capsys):
+    from carma_lib.__main__ import main
+
+    run = project / "runs" / "default"
+    assert main(["run"]) == 0 and main(["run", "--resume"]) == 0
+    assert "done before, skipped" in capsys.readouterr().out
+    (run / "end.txt").write_text("enx")
+    (run / "status.json").write_text(json.dumps(json.loads((run / "status.json").read_text())))
+    assert main(["run", "--resume"]) == 0
+    assert "not as it was made: its notebook runs again" in capsys.readouterr().out and (run / "end.txt").read_text() == "end"
+
+
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_an_interrupted_run_says_so_in_its_last_line(project, number, times):
+    child = subprocess.Popen(
+        [sys.executable, "-m", "carma_lib", "run", "--set", "seconds=90"], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    for line in child.stdout:
+        if "running" in line:
+            break
+    time.sleep(2)  # the kernel starts, or its cell sleeps
+    sent = time.monotonic()
+    for _ in range(times):
+        child.send_signal(number)
+        time.sleep(0.3)
+    text = child.communicate(timeout=60)[0].replace("\r", "\n")
+    assert child.returncode == 128 + number and time.monotonic() - sent < 10
+    assert text.strip().splitlines()[-1].startswith("carma_lib: ") and "--resume goes on from there" in text and "Traceback" not in text
+
+
+def test_children_of_the_caller_are_left_alone():
+    own, others = (subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2))
+    try:
+        notebooks.end_children(spare={others.pid} | {child.pid for child in notebooks.psutil.Process().children()} - {own.pid})
+        assert own.wait(5) and others.poll() is None
+    finally:
+        others.kill()
+        others.wait()
+
+
+# --- cells ------------------------------------------------------------------------------------------------------
+
+SMALL = {"layers": 2, "width": 16, "heads": 2, "steps": 6, "warmup_steps": 0, "batch_size": 4, "mi_layers": [0, 1], "stability_layers": [0, 1],
+         "validation_items": 8, "evaluations": 2, "test_at": [3], "test_items": 8, "pooled_items": 8, "test_splits": ["test_seen"], "rates": [0.25],
+         "depth_shares": [1.0], "protocols": ["mean"], "levels": ["word"], "measures": []}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    build_task("controlled_sentiment", folder / "data" / "controlled_sentiment")
+    cell = Cell("controlled_sentiment", "carma", 1, recipe_for("sentiment", SMALL, seeds=(1,)).recipe)
+    run_cell(folder, cell, "tested")
+    own = cell_folder(folder, cell)
+    return folder, cell, {name: (own / name).read_bytes() for name in ("answers.parquet", "measures.parquet")}
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda file: file.unlink(), lambda file: file.write_bytes(b"")],
+                         ids=["cut", "flipped", "missing", "empty"])
+@pytest.mark.parametrize("name", ["answers.parquet", "measures.parquet", "tested.json"])
+def test_damaged_tables_are_made_again(finished, name, damage):
+    folder, cell, whole = finished
+    damage(cell_folder(folder, cell) / name)
+    if (name, damage) != ("tested.json", flip):  # a byte of its times may change
+        assert not is_tested(folder, cell)
+    run_cell(folder, cell, "tested")
+    assert {file: (cell_folder(folder, cell) / file).read_bytes() for file in whole} == whole
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"mark": 1}', "null"])
+def test_odd_facts_are_no_finished_cell(finished, text):
+    folder, cell, whole = finished
+    for name in ("tested.json", "trained.json"):
+        (cell_folder(folder, cell) / name).write_text(text)
+    assert not is_tested(folder, cell) and not is_trained(folder, cell)
+    run_cell(folder, cell, "tested")
+    assert (cell_folder(folder, cell) / "answers.parquet").read_bytes() == whole["answers.parquet"]
+
+
+@pytest.mark.parametrize(("name", "damage"), [("model/model.safetensors", cut), ("model/model.safetensors", flip), ("model/tokenizer.json", cut),
+                                              ("model/checksums.json", Path.unlink), ("on_the_way.parquet", cut), ("history.csv", Path.unlink)])
+def test_damaged_trainings_are_made_again(finished, name, damage):
+    folder, cell, whole = finished
+    own = cell_folder(folder, cell)
+    damage(own / name)
+    (own / "tested.json").unlink()
+    assert not is_trained(folder, cell, content=True)
+    run_cell(folder, cell, "tested")
+    assert {file: (own / file).read_bytes() for file in whole} == whole and is_trained(folder, cell, content=True)
+
+
+def test_log_lines_that_are_odd_are_left_out(tmp_path):
+    (tmp_path / "attempts.jsonl").write_bytes(b'{"state": "begun"}\n[]\n"begun"\n3\n{"state": ["done"]}\n{}\n\xff\xfe\n{"sta\n{"state": "done"}\n')
+    assert [line["state"] for line in attempts(tmp_path)] == ["begun", "done"]
+
+
+def test_data_keep_the_parameters_they_were_built_with(tmp_path):
+    place = tmp_path / "data"
+    build_task("controlled_sentiment", place, seed=7)
+    content = read_card(place)["content"]
+    _build(place, "controlled_sentiment", None)
+    assert read_card(place)["content"] == content
+    cut(next(place.rglob("*.arrow")))
+    _build(place, "controlled_sentiment", None)
+    assert read_card(place)["content"] == content and read_card(place)["parameters"]["seed"] == 7
+    _build(place, "controlled_sentiment", {"seed": 8})
+    assert read_card(place)["content"] != content
+
+
+# --- names ------------------------------------------------------------------------------------------------------
+
+def test_a_tilde_is_the_home_folder(tmp_path):
+    assert manifest.make_plan("ci", run_dir=Path("~/carma-run"), root=ROOT).run_dir == Path.home() / "carma-run"
+    text = (ROOT / "sweeps" / "example.yml").read_text()
+    (tmp_path / "s.yml").write_text(re.sub("(?m)^run_dir: .*", "run_dir: ~/carma-sweep", text))
+    assert read_sweep(tmp_path / "s.yml").run_dir == Path.home() / "carma-sweep"
+
+
+def test_files_and_names_that_are_cited_exist():
+    cited = re.compile(r"\b(?:benchmarks|tests|docs|sweeps|data|notebooks)/[\w.-]+\.(?:py|yml|md|ipynb|json|csv)\b")
+    for file in [*ROOT.glob("carma_lib/**/*.py"), *ROOT.glob("sweeps/*.yml"), *ROOT.glob("benchmarks/*.py")]:
+        text = file.read_text(encoding="utf-8")
+        missing = [name for name in cited.findall(text) if not (ROOT / name).is_file() and "benchmarks/results" not in name]
+        assert not missing and "DESIGN" not in text.replace("DESIGNS", "").replace("DESIGN_", "").replace("SMALL_DESIGN", ""), (file, missing)
+        for name in re.findall(r"\bcarma_lib(?:\.[A-Za-z_]\w*)+", text) if file.suffix == ".yml" else ():
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), attribute) or importlib.util.find_spec(name), (file, name)
