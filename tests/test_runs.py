@@ -2,6 +2,7 @@
 import importlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,31 @@ def test_damaged_trainings_are_made_again(finished, name, damage):
     assert not is_trained(folder, cell, content=True)
     run_cell(folder, cell, "tested")
     assert {file: (own / file).read_bytes() for file in whole} == whole and is_trained(folder, cell, content=True)
+
+
+@pytest.mark.parametrize("damage", [None, "tested-3.parquet", "tested-3.json", "checkpoint-3/model.safetensors", "checkpoint-3/checksums.json", "mark.json"])
+def test_a_training_that_goes_on_keeps_the_tests_of_its_first_steps(finished, tmp_path, monkeypatch, damage):
+    from carma_lib.trainer import CarmaTrainer
+
+    folder, cell, whole = finished
+    new, steps, step = tmp_path / "run", [], CarmaTrainer.training_step
+    shutil.copytree(folder / "data", new / "data")
+
+    def breaks(self, *arguments, **more):
+        steps.append(1)
+        if len(steps) == 5:
+            raise ValueError("broken off")
+        return step(self, *arguments, **more)
+
+    monkeypatch.setattr(CarmaTrainer, "training_step", breaks)
+    with pytest.raises(ValueError, match="broken off"):
+        run_cell(new, cell, "tested")
+    own = cell_folder(new, cell)
+    if damage:
+        cut(own / "work" / damage)
+    run_cell(new, cell, "tested")
+    assert len(steps) == 5 + (3 if damage is None else 6)
+    assert {name: (own / name).read_bytes() for name in whole} == whole and not (own / "work").exists()
 
 
 def test_log_lines_that_are_odd_are_left_out(tmp_path):

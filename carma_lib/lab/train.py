@@ -17,7 +17,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from carma_lib.collate import Collator, encode
-from carma_lib.files import RunError, check_folder, read_json, whole_file, whole_folder, write_json, write_checksums
+from carma_lib.files import RunError, check_folder, read_json, sha256_of, whole_file, whole_folder, write_json, write_checksums
 from carma_lib.lab.cell import TRAINING_RULES, Cell, cell_folder, checksums_of, is_trained, training_mark
 from carma_lib.lab.evaluate import asked_rows, clean_answers, test_splits
 from carma_lib.lab.start import answer_column, one_gpu, prompt_of, start_model, steps_of, tokenizer_of, training_rows
@@ -67,6 +67,9 @@ def _train(folder: Path, cell: Cell, own: Path, steps: int) -> Trained:
     best = recipe.keep == "best"
     resumes = best and _open_work(folder, cell, work)
     on_the_way = _Tests(folder, cell, steps, work)
+    if resumes and not on_the_way.restored():
+        shutil.rmtree(work)
+        resumes = _open_work(folder, cell, work)
     trainer = make_trainer(
         cell.method, model, _arguments(work, cell, steps), carma=recipe.carma, strength=cell.strength,
         train_dataset=training_rows(folder, cell), eval_dataset=_validation_rows(folder, cell) if best else None,
@@ -134,6 +137,27 @@ class _Tests(TrainerCallback):
             tables, measures = tested_clean(folder, cell, model, step)
             self.tables += tables
             self.measures += measures
+            if cell.recipe.keep == "best" and state.is_world_process_zero:  # which goes on from a checkpoint
+                with whole_file(self._work / f"tested-{step}.parquet") as temporary:
+                    pd.concat(tables).to_parquet(temporary, index=False)
+                write_json(self._work / f"tested-{step}.json", {"measures": measures, "sha256": sha256_of(
+                    self._work / f"tested-{step}.parquet")})
+
+    def restored(self) -> bool:
+        """Take up the tests of the steps before the checkpoint; whether they are whole."""
+        last = max(int(place.name.rpartition("-")[2]) for place in self._work.glob("checkpoint-*"))
+        for step in sorted(self._tested if not self._of[1].trial else ()):
+            if step <= last:
+                try:
+                    facts = read_json(self._work / f"tested-{step}.json", keys=("measures", "sha256"))
+                    file = self._work / f"tested-{step}.parquet"
+                    if facts is None or sha256_of(file) != facts["sha256"]:
+                        return False
+                    self.tables.append(pd.read_parquet(file))
+                except (OSError, RunError):
+                    return False
+                self.measures += facts["measures"]
+        return True
 
     def on_save(self, args, state, control, **unused):
         if args.world_size == 1:  # several processes write their shards by themselves
