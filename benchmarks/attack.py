@@ -155,7 +155,7 @@ def strike(target: Target, child: subprocess.Popen, log: Path, moment: float, dr
     except subprocess.TimeoutExpired:
         return {**fact, "wrong": "still running after 30 s"}
     took, wrong = time.monotonic() - sent, []
-    if number != signal.SIGKILL:
+    if number != signal.SIGKILL and code:  # 0: it had ended by itself before the signal came
         last = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()[-1:]
         wrong += [f"exit code {code}"] * (code != 128 + number) + [f"{took:.1f} s to end"] * (took > 5)
         wrong += ["no last line"] * (not last or not last[0].startswith("carma_lib: "))

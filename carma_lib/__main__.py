@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
@@ -76,11 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
     spare = {child.pid for child in psutil.Process().children()}  # of whoever called us
 
     def again(number: int, frame: object) -> None:
-        _stopped(options, 128 + number, spare, seconds=0.5)
+        _stopped(options, 128 + number, spare)
 
     def stop(number: int, frame: object) -> None:
         for kind in before:
             signal.signal(kind, again)
+        end_children(spare)  # before they can print of their own interruption
         raise KeyboardInterrupt if number == signal.SIGINT else _Stopped(number)
 
     before = {}
@@ -95,11 +98,24 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(kind, handler)
 
 
-def _stopped(options: argparse.Namespace, code: int, spare: set[int], seconds: float = 3) -> None:
-    """End our kernels and workers, say so in the last line, and exit."""
-    from carma_lib import notebooks
+def end_children(spare: Collection[int] = ()) -> None:
+    """Kill the kernels and workers that this process started; what they have finished is whole, however they end.
 
-    notebooks.end_children(spare, seconds)
+    spare: ids of children that stay, with theirs: those of whoever called us.
+    """
+    children = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            children += [child, *child.children(recursive=True)] if child.pid not in spare else []
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    psutil.wait_procs(children, timeout=1)
+
+
+def _stopped(options: argparse.Namespace, code: int, spare: set[int]) -> None:
+    """End our kernels and workers, say so in the last line, and exit."""
+    end_children(spare)
     way = "the same command" if options.command == "sweep" else "--resume"
     line = f"\ncarma_lib: {'interrupted' if code == 130 else 'terminated'}; what is done is kept, {way} goes on from there\n"
     os.write(2, line.encode())  # not print: the signal may have come in the middle of one
@@ -153,4 +169,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    for ended in (signal.SIGINT, signal.SIGTERM):  # all is done, and what comes now must not say otherwise
+        signal.signal(ended, signal.SIG_IGN)
+    sys.exit(code)

@@ -14,11 +14,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from carma_lib.files import PARTIAL, RunError, locked, remove_partial, sha256_of, whole_file, write_json
 from carma_lib.manifest import MANIFEST, Notebook, Plan, make_plan, project_root, read_status, run_folder, source_of
@@ -181,24 +179,6 @@ def _kernel_config() -> Any:
     if os.name != "posix":
         return Config()
     return Config({"KernelManager": {"transport": "ipc", "ip": f"{tempfile.gettempdir()}/carma-{os.getpid()}"}})
-
-
-def end_children(spare: Collection[int] = (), seconds: float = 3) -> None:
-    """End the kernels and workers that this process started, so that what they print comes before our last line.
-
-    spare: ids of children that stay, with theirs: those of whoever called us.
-    """
-    own = [child for child in psutil.Process().children() if child.pid not in spare]
-    children = []
-    for child in own:
-        with contextlib.suppress(psutil.Error):
-            children += [*child.children(recursive=True), child]
-    for child in children:
-        with contextlib.suppress(psutil.Error):
-            child.terminate()
-    for child in psutil.wait_procs(children, timeout=seconds)[1]:
-        with contextlib.suppress(psutil.Error):
-            child.kill()
 
 
 def _failure(error: BaseException, notebook: Notebook, out_of_time: bool, cell_timeout: bool) -> tuple[str, str]:

@@ -16,8 +16,10 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bad_inputs
+import psutil
 
 from carma_lib import manifest, notebooks
+from carma_lib.__main__ import end_children, main
 from carma_lib.files import RunError, write_json
 from carma_lib.lab.cell import Cell, cell_folder, is_tested, is_trained
 from carma_lib.lab.plan import read_sweep
@@ -80,8 +82,6 @@ def test_what_a_kill_leaves_of_a_first_status_is_no_foreign_file(project):
 
 
 def test_a_damaged_product_of_a_done_notebook_is_made_again(project, capsys):
-    from carma_lib.__main__ import main
-
     run = project / "runs" / "default"
     assert main(["run"]) == 0 and main(["run", "--resume"]) == 0
     assert "done before, skipped" in capsys.readouterr().out
@@ -112,8 +112,9 @@ def test_an_interrupted_run_says_so_in_its_last_line(project, number, times):
 def test_children_of_the_caller_are_left_alone():
     own, others = (subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2))
     try:
-        notebooks.end_children(spare={others.pid} | {child.pid for child in notebooks.psutil.Process().children()} - {own.pid})
-        assert own.wait(5) and others.poll() is None
+        end_children(spare={others.pid} | {child.pid for child in psutil.Process().children()} - {own.pid})
+        own.wait(5)
+        assert not psutil.pid_exists(own.pid) and others.poll() is None
     finally:
         others.kill()
         others.wait()
