@@ -102,6 +102,7 @@ def test_settings_are_compared_with_one_plain_training():
 
 def test_states_before_are_the_untuned_model():
     table = pd.concat([values(measure=f"angle_{when}", layer=0) for when in ("before", "after")])
+    table["measured"] = np.arange(len(table))
     found = before_and_after(table, "angle", ["carma"])
     assert dict(found.method.value_counts()) == {"untuned": 3, "carma": 3}
     assert set(select(found, method="untuned").measured) == set(select(table, measure="angle_before", method="fine_tuning").measured)
@@ -136,8 +137,9 @@ def test_a_study_that_is_not_whole_says_what_is_not_measured():
     pd.testing.assert_series_equal(found.estimate[:2], primary_comparisons(made_results(seeds=4), plan[:2]).estimate)
     for few in (made_results(seeds=2), made_results(seeds=1)):
         assert set(comparisons_so_far(few, plan).outcome) == {"not tested"}
-    one_method = comparisons_so_far(select(made_results(), method=["fine_tuning"]), plan)
-    assert set(one_method.verdict) == {"not yet measured"}
+    for method in ("fine_tuning", "carma"):
+        one_method = comparisons_so_far(select(made_results(), method=method), plan)
+        assert set(one_method.verdict) == {"not yet measured"}
     one_condition = comparisons_so_far(select(made_results(), condition="clean"), plan)
     assert list(one_condition.verdict == "not yet measured") == [False, True, True, True]
 
