@@ -164,8 +164,10 @@ class Recipe(Training, Testing):
         if self.batch_size and self.batch_size % (self.accumulation * self.processes):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation × processes = "
                              f"{self.accumulation * self.processes}")
-        if self.adapter == "qlora" and (self.processes > 1 or self.small):
-            raise ValueError("adapter 'qlora' needs a pretrained start and processes=1; take 'lora' elsewhere")
+        if self.adapter != "none" and self.small:
+            raise ValueError(f"adapter '{self.adapter}' needs a pretrained start; leave it at 'none' for small models")
+        if self.adapter == "qlora" and self.processes > 1:
+            raise ValueError("a start of 4 bits is not sharded: take adapter 'lora', or processes=1")
         if self.small and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.depth_shares and not (self.protocols and self.levels):

@@ -94,7 +94,7 @@ def _train(folder: Path, cell: Cell, own: Path, steps: int) -> Trained:
             inner = trainer.accelerator.unwrap_model(trainer.model)
             with whole_folder(own / "model") as temporary:
                 if recipe.adapter != "none":
-                    save_adapter(inner, temporary, start=recipe.start, weights=weights)
+                    save_adapter(inner, temporary, start=recipe.start, home=own / "model", weights=weights)
                 else:
                     inner.save_pretrained(temporary, state_dict=weights)
                 tokenizer.save_pretrained(temporary)

@@ -200,16 +200,18 @@ def add_adapter(model: PreTrainedModel, *, rank: int, seed: int) -> nn.Module:
         return peft.get_peft_model(model, config)
 
 
-def save_adapter(model: nn.Module, folder: Path, *, start: Path,
+def save_adapter(model: nn.Module, folder: Path, *, start: str | Path, home: Path | None = None,
                  weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Save an adapter alone, with the way to its start's folder relative to its own, so that both may move.
+    """Save an adapter alone with its start: a name or hub id as it is, a folder relative to `home`, so that both may move.
 
-    weights: the model's, gathered, where it is spread over processes.
+    home: the folder that `folder` will become, if it is a temporary one. weights: the model's, gathered, if it is
+    spread over processes.
     """
     model.save_pretrained(folder, state_dict=weights)
     config = read_json(folder / "adapter_config.json")
     write_json(folder / "adapter_config.json",
-               {**config, "base_model_name_or_path": os.path.relpath(start, folder)})
+               {**config, "base_model_name_or_path":
+                os.path.relpath(start, home or folder) if Path(start).is_dir() else str(start)})
 
 
 def _peft():
