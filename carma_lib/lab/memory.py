@@ -138,7 +138,7 @@ def _cheaper(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     parts = next((each for each in (8, 4, 2) if rows % each == 0), 1) * recipe.accumulation
     saving = {"activation_checkpointing": True}
     ways = [{"accumulation": parts}, saving, {"accumulation": parts, **saving}]
-    if recipe.adapter == "none":
+    if recipe.adapter == "none" and not recipe.small:
         ways += [{"adapter": "lora"}, {"adapter": "lora", **saving}]
     if recipe.adapter != "qlora" and recipe.processes == 1 and not recipe.small and torch.cuda.is_available():
         ways.append({"adapter": "qlora", "accumulation": parts, **saving})
