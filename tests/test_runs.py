@@ -176,9 +176,9 @@ def test_damaged_trainings_are_made_again(finished, name, damage):
     own = cell_folder(folder, cell)
     damage(own / name)
     (own / "tested.json").unlink()
-    assert not is_trained(folder, cell, content=True)
+    assert not is_trained(folder, cell)
     run_cell(folder, cell, "tested")
-    assert {file: (own / file).read_bytes() for file in whole} == whole and is_trained(folder, cell, content=True)
+    assert {file: (own / file).read_bytes() for file in whole} == whole and is_trained(folder, cell)
 
 
 @pytest.mark.parametrize("damage", [None, "tested-3.parquet", "tested-3.json", "checkpoint-3/model.safetensors", "checkpoint-3/checksums.json", "mark.json"])

@@ -158,17 +158,17 @@ def _whole(own: Path, facts: dict[str, Any]) -> bool:
             and checksums_of(own, marks) == marks)
 
 
-def is_trained(folder: Path, cell: Cell, *, content: bool = False) -> bool:
+def is_trained(folder: Path, cell: Cell) -> bool:
     """Whether the cell's model, made from these settings and data by these rules, is whole (an untuned one always).
 
-    content: its weights are read too (a second a gigabyte), else their sizes are compared.
+    The weights are read, a second a gigabyte; once the cell is tested, nobody asks any more.
     """
     if cell.untuned:
         return True
     own = cell_folder(folder, cell)
     facts = finished_facts(own / "trained.json")
     return (bool(facts) and (facts["mark"], facts["rules"]) == (training_mark(folder, cell), TRAINING_RULES)
-            and _whole(own, facts) and not check_folder(own / "model", content=content))
+            and _whole(own, facts) and not check_folder(own / "model"))
 
 
 def is_tested(folder: Path, cell: Cell) -> bool:

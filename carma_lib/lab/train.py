@@ -47,7 +47,7 @@ def trained(folder: Path, cell: Cell) -> Trained:
     if cell.untuned:
         model = start_model(folder, cell)
         return Trained(_on_device(model.eval()), [], [], {"budget": 0, "training_seconds": 0.0})
-    if is_trained(folder, cell, content=True):
+    if is_trained(folder, cell):
         model = load_model(str(own / "model"), dtype=torch.float32)[0]
         on_the_way = [pd.read_parquet(own / "on_the_way.parquet")] if (own / "on_the_way.parquet").is_file() else []
         return Trained(_on_device(model.eval()), on_the_way, read_json(own / "trained.json")["measures"],
