@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
@@ -219,14 +220,21 @@ def code_fingerprint(*modules: str) -> str:
 
     modules: full names, e.g. "carma_lib.words"; they are not imported, and what they import is not looked at.
     """
-    code = []
+    found = []
     for name in modules:
-        source = Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8")
-        lines = source.splitlines()
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                text = node.body[0]
-                assert text.lineno > getattr(node, "lineno", 0), f"a docstring on its function's line: {name}"
-                lines[text.lineno - 1:text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
-        code.append([line.rstrip() for line in lines if line.strip() and not line.lstrip().startswith("#")])
-    return fingerprint(code)
+        source = Path(importlib.util.find_spec(name).origin)
+        found.append(_code_of(name, source, source.stat().st_mtime_ns, source.stat().st_size))
+    return fingerprint(found)
+
+
+@functools.cache
+def _code_of(name: str, source: Path, *seen: int) -> list[str]:
+    """The lines of a module's code, read once for each state (`seen`) of its file."""
+    text = source.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            doc = node.body[0]
+            assert doc.lineno > getattr(node, "lineno", 0), f"a docstring on its function's line: {name}"
+            lines[doc.lineno - 1:doc.end_lineno] = [""] * (doc.end_lineno - doc.lineno + 1)
+    return [line.rstrip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
