@@ -55,8 +55,8 @@ class Bench:
     def step(self, method: str, batch: dict[str, torch.Tensor]) -> None:
         trainer = self.trainers[method]
         if method == "dense":
-            trainer._attach()
-            trainer._terms = DenseLoss(trainer.carma.for_depth(SHAPE["num_hidden_layers"]))
+            trainer._carma_attach()
+            trainer._carma_terms = DenseLoss(trainer.carma.for_depth(SHAPE["num_hidden_layers"]))
         trainer.training_step(self.wrapped, dict(batch))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

@@ -80,9 +80,9 @@ def wordnet_database():
         _missing(str(error))
 
 
-#: Seen to fail under load and not yet looked into; each is in the closing note, and is to be mended, not kept.
+#: Seen to fail and not yet mended; a stopped sweep ends with exit code 1 on a quiet machine too. Each is in the closing note, and is to be mended, not kept.
 OPEN_FAULTS = ("test_a_stopped_sweep_ends_at_once_with_one_line_and_goes_on", "test_run_builds_a_task_of_ones_own_from_its_file",
-               "test_unknown_splits_are_refused", "test_long_rows_run_and_the_dense_terms_are_the_same",
+               "test_unknown_splits_are_refused",
                "test_estimate_is_near_the_measured_peak", "test_two_processes_train_like_one",
                "test_a_damaged_product_of_a_done_notebook_is_made_again")
 
