@@ -14,8 +14,9 @@ from carma_lib.collate import Collator, encode
 from carma_lib.lab.cell import cell_folder
 from carma_lib.lab.evaluate import (_score, _score_texts, answers, asked_rows, changed_answers, prompts_of, replacements,
                                      shares_by_layer, test_splits as splits_of)
+from carma_lib.lab.drift import perplexity
 from carma_lib.lab.run import run
-from carma_lib.lab.start import tokenizer_of
+from carma_lib.lab.start import rows_of, tokenizer_of
 from carma_lib.lab.train import trained
 from carma_lib.models import Prompt, prompt_for
 from carma_lib.pooling import constituent_aware_pooling
@@ -23,6 +24,7 @@ from carma_lib.stats.metrics import macro_f1, summarise
 from carma_lib.stats.table import RESULT_COLUMNS, check_results, read_results
 from carma_lib.synonyms.replacement import replace_all
 from carma_lib.tasks import build_task, load_task, task_named
+from carma_lib.tasks.wordnet import example_sentences
 
 SPLITS = ("test_held_out", "test_longer")
 SETTINGS = dict(task=DICTIONARY, layers=3, rates=(0.25, 0.4), depth_shares=(0.5, 1.0), protocols=("sum", "max"), levels=("word", "phrase"),
@@ -131,6 +133,21 @@ def test_some_measures_and_some_splits(folder, client):
     assert set(found.condition) == {"clean"} and set(found.split) == set(splits_of(folder, cell)) >= {"test_seen", "test_held_out"}
     measures = pd.read_parquet(cell_folder(folder, cell) / "measures.parquet")
     assert set(measures.measure) == {"accuracy", "perplexity_before", "perplexity_after"}
+
+
+def test_perplexity_is_measured_on_each_plain_text_that_is_named(folder, client):
+    texts = (DICTIONARY, "controlled_sentiment", "wordnet_examples")
+    cell = cell_of(measures=("perplexity",), plain_texts=texts, test_items=5, depth_shares=(), rates=())
+    assert run([cell], folder, client) == {}
+    found = pd.read_parquet(cell_folder(folder, cell) / "measures.parquet").set_index(["measure", "split"])["value"]
+    tokenizer, model = tokenizer_of(folder, cell), trained(folder, cell).model
+    for text in texts:
+        sentences = example_sentences(200) if text == "wordnet_examples" else rows_of(folder, text)["validation"]["text"][:200]
+        batches = [Collator(tokenizer)([{"input_ids": ids}]) for ids in tokenizer(list(sentences)).input_ids]
+        assert found["perplexity_after", text] == pytest.approx(perplexity(model, batches), rel=1e-4), text
+        assert found["perplexity_before", text] != found["perplexity_after", text]
+    with pytest.raises(ValueError, match="lorem"):
+        cell_of(plain_texts=("lorem",))
 
 
 def test_unknown_splits_are_refused(data):

@@ -147,7 +147,7 @@ def other_of(name, value):
                "keep": "last", "test_at": (3,), "level": "phrase", "precision": "bf16", "adapter": "lora", "similarity": "dot",
                "batch_size": 16, "width": 32, "mi_layers": (0, 0), "stability_layers": (0, 2), "num_negatives": None,
                "test_splits": (), "changed_splits": ("test_seen",), "rates": (0.4,), "depth_shares": (1.0,), "protocols": ("max",),
-               "levels": ("phrase",), "measures": ("drift",), "synonyms": "ranked"}
+               "levels": ("phrase",), "measures": ("drift",), "synonyms": "ranked", "plain_texts": ("wordnet_examples",)}
     if name in special:
         return special[name]
     return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2

@@ -53,6 +53,11 @@ def test_the_cells_of_the_controlled_study_by_block(blocks):
     assert all(not cell.trial for cells in blocks.values() for cell in cells)
 
 
+def test_a_study_that_is_stopped_has_whole_seeds(blocks):
+    seeds = [cell.seed for cell in blocks["primary"]]
+    assert seeds == sorted(seeds) and len({(cell.task, cell.method) for cell in blocks["primary"][:seeds.count(1)]}) == 4
+
+
 def test_every_cell_of_the_study_has_its_own_key_and_place(study, blocks):
     rates, _ = values_of(study)
     cells = {cell for block in blocks.values() for cell in block}
@@ -150,7 +155,7 @@ def test_the_cells_of_the_pretrained_study_by_block(tmp_path):
     assert {cell.recipe.levels for cell in cells if cell.task == "sst3"} == {("word", "phrase")}, "by kind of task"
     assert {cell.recipe.levels for cell in cells if cell.task != "sst3"} == {("word",)}
     assert len(plan.learning_rate_trials()) == 2 * 2 * 3 and len(plan.strength_trials(rates)) == 2 * 6 * 3
-    assert plan.margin == 0.02 and len(plan.claims) == 6 and plan.test_steps("sst3") == (40, 80, 160, 320)
+    assert plan.margin == 0.02 and len(plan.claims) == 6 and plan.test_steps("sst3") == (20, 40, 80, 160)
 
 
 # -- plans that cannot be ---------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from carma_lib.files import RunError, check_folder, fingerprint, read_json, reading, sha256_of, write_json
-from carma_lib.lab.recipe import Recipe, Testing
+from carma_lib.lab.recipe import EXAMPLES, Recipe, Testing
 from carma_lib.methods import METHODS, check_method
 from carma_lib.tasks import read_card, task_named
 
@@ -47,6 +47,9 @@ class Cell:
         tests = task_named(self.task).tests
         if unknown := [name for name in self.recipe.test_splits + self.recipe.changed_splits if tests and name not in tests]:
             raise ValueError(f"{self.task} has no split '{unknown[0]}'; models are tested on {', '.join(tests)}")
+        for name in self.recipe.plain_texts:
+            if name != EXAMPLES:
+                task_named(name)
         check_method(self.method)
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")

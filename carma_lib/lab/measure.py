@@ -4,20 +4,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 
-from carma_lib.collate import Collator
+from carma_lib.collate import Collator, encode_text
 from carma_lib.lab.cell import Cell
 from carma_lib.lab.drift import hidden_state_drift, perplexity
 from carma_lib.lab.evaluate import asked_rows, split_prompts
 from carma_lib.lab.mechanism import (additive_structure, final_states, part_matrix, read_out_accuracy,
                                      token_mutual_information)
+from carma_lib.lab.recipe import EXAMPLES
 from carma_lib.lab.start import rows_of, start_model, text_rows, tokenizer_of
 from carma_lib.lab.train import measure
 from carma_lib.tasks.controlled.lexicon import controlled_synonyms
+from carma_lib.tasks.wordnet import example_sentences
 
-TEXT_BATCH, TEXT_STEP = 64, 5  # every fifth validation text is enough for a perplexity
+TEXT_BATCH, TEXT_STEP, TEXTS = 64, 5, 200  # every fifth validation text, or so many, are enough for a perplexity
 
 
 def seen_split(folder: Path, cell: Cell) -> str:
@@ -70,7 +73,8 @@ def _measures(folder: Path, cell: Cell, model: Any, when: str) -> list[dict[str,
         found += [measure(f"token_mutual_information_{when}", value, layer=layer - 1)
                   for layer, value in enumerate(token_mutual_information(model, _batches(folder, cell)))]
     if "perplexity" in wanted:
-        found.append(measure(f"perplexity_{when}", perplexity(model, _text_batches(folder, cell))))
+        for name in cell.recipe.plain_texts or ("",):
+            found.append(measure(f"perplexity_{when}", perplexity(model, _text_batches(folder, cell, name)), split=name))
     return found
 
 
@@ -109,11 +113,16 @@ def _parts(folder: Path, cell: Cell) -> np.ndarray:
 _known_texts: dict[tuple, list[dict[str, torch.Tensor]]] = {}
 
 
-def _text_batches(folder: Path, cell: Cell) -> list[dict[str, torch.Tensor]]:
+def _text_batches(folder: Path, cell: Cell, name: str) -> list[dict[str, torch.Tensor]]:
+    """The plain texts of a name in `plain_texts`, or, for "", of every task that the tokenizer was made of."""
     tasks, tokenizer = cell.recipe.tokenizer_tasks or (cell.task,), tokenizer_of(folder, cell)
-    key = (folder, tasks, id(tokenizer))
+    key = (folder, tasks, name, id(tokenizer))
     if key not in _known_texts:
-        rows = sorted(text_rows(folder, tasks, cell, "validation")[::TEXT_STEP], key=lambda row: len(row["input_ids"]))
-        collate = Collator(tokenizer)
+        if name == EXAMPLES:
+            rows = encode_text(datasets.Dataset.from_dict({"text": example_sentences(TEXTS)}), tokenizer).to_list()
+        else:
+            rows = text_rows(folder, (name,) if name else tasks, cell, "validation")
+            rows = rows[:TEXTS] if name else rows[::TEXT_STEP]
+        rows, collate = sorted(rows, key=lambda row: len(row["input_ids"])), Collator(tokenizer)
         _known_texts[key] = [collate(rows[first:first + TEXT_BATCH]) for first in range(0, len(rows), TEXT_BATCH)]
     return _known_texts[key]

@@ -16,6 +16,7 @@ from carma_lib.models import SMALL_FAMILIES, load_config, native_bf16
 from carma_lib.pooling import PROTOCOLS
 
 SMALL_STARTS = ("random", "base")
+EXAMPLES = "wordnet_examples"
 Level = Literal["word", "phrase"]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -126,7 +127,9 @@ class Testing(_Strict):
     are pooled and asked by the adversary, 0 for all. Items whose answer is not one token of a pretrained start do not
     count. measures: of hidden states and texts, after training and before: "drift", "perplexity", "information"
     (between a word's tokens), "structure" (sums of parts and read-outs; tasks with held-out combinations),
-    over the first `measured_items` seen test items, 0 for `test_items`. keep_model: keep the trained weights.
+    over the first `measured_items` seen test items, 0 for `test_items`. plain_texts: of what perplexity is measured,
+    tasks (their validation texts) and "wordnet_examples" (text of no task); by default of the cell's own texts, or of
+    `tokenizer_tasks`. keep_model: keep the trained weights.
     """
 
     test_splits: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
@@ -144,6 +147,7 @@ class Testing(_Strict):
     measures: Annotated[tuple[Literal["drift", "perplexity", "information", "structure"], ...],
                         BeforeValidator(_tuple)] = ("drift", "perplexity")
     measured_items: Count = 200
+    plain_texts: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
     evaluation_batch: Positive = 64
     keep_model: bool = True
 
@@ -172,7 +176,8 @@ class Recipe(Training, Testing):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.depth_shares and not (self.protocols and self.levels):
             raise ValueError("pooling needs protocols and levels; leave depth_shares empty for none")
-        for name in ("test_splits", "changed_splits", "rates", "depth_shares", "protocols", "levels", "measures", "test_at"):
+        for name in ("test_splits", "changed_splits", "rates", "depth_shares", "protocols", "levels", "measures", "plain_texts",
+                     "test_at"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} names something twice: {list(values)}")

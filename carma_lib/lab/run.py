@@ -17,6 +17,7 @@ from tqdm import tqdm
 from carma_lib.files import RunError, locked, remove_partial, write_json
 from carma_lib.lab.cell import Cell, cell_folder
 from carma_lib.lab.cluster import local_client
+from carma_lib.lab.recipe import EXAMPLES
 from carma_lib.lab.start import steps_of
 from carma_lib.lab.study import Study, best_trials, chosen
 from carma_lib.lab.tables import in_archive, pack, read_cells
@@ -50,7 +51,8 @@ def run(cells: Iterable[Cell], folder: Path, client: Client | None = None, *, wo
     if retries < 0:
         raise ValueError(f"retries is {retries}; it must be at least 0")
     with locked(folder / "cells" / "lock", busy=f"{folder} is in use by another run; wait for it, or give another folder"):
-        for task in dict.fromkeys(name for cell in cells for name in (cell.task, *cell.recipe.tokenizer_tasks)):
+        for task in dict.fromkeys(name for cell in cells for name in (
+                cell.task, *cell.recipe.tokenizer_tasks, *(text for text in cell.recipe.plain_texts if text != EXAMPLES))):
             _build(folder / "data" / task, task, (data or {}).get(task))
         for part in ("cells", "data", "starts"):
             remove_partial(folder / part)

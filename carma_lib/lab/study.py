@@ -122,13 +122,16 @@ class Study(_Strict):
                 for strength in strengths for seed in self.trials.seeds]
 
     def cells(self, rates: Mapping[tuple[str, str], float], strengths: Mapping[tuple[str, str], float]) -> dict[str, list[Cell]]:
-        """The tested cells by block; a cell may be in several. strengths: (task, method) → strength."""
+        """The tested cells by block; a cell may be in several. strengths: (task, method) → strength.
+
+        Seed by seed, so that a study that is stopped has all methods of the seeds that it has.
+        """
         found: dict[str, list[Cell]] = {}
         for name, block in self.blocks.items():
             changes = [(setting, value) for setting, values in block.change.items() for value in values] or [None]
-            items = block.training_items or (None,)
-            found[name] = [self._cell(block, rates, strengths, *of)
-                           for of in product(self.tasks, block.starts, block.methods, block.seeds, items, changes)]
+            sizes = block.training_items or (None,)
+            found[name] = [self._cell(block, rates, strengths, *of, seed, items, change) for seed in block.seeds
+                           for *of, items, change in product(self.tasks, block.starts, block.methods, sizes, changes)]
         return found
 
     def start_of(self, name: str) -> str:

@@ -91,6 +91,12 @@ def build_rows(*, seed: int, split_by: str) -> TaskRows:
                            "shared_with_train": {name: _shared(splits, name) for name in splits if name != "train"}})
 
 
+def example_sentences(number: int) -> list[str]:
+    """So many of WordNet's examples of eight words or more, by a fixed shuffle: plain English that no task here trains on."""
+    found = {text for synset in lexicon.wordnet().all_synsets() for text in synset.examples() if len(text.split()) >= 8}
+    return random.Random(0).sample(sorted(found), number)
+
+
 def _rows(pairs: pd.DataFrame) -> list[dict[str, Any]]:
     return [{"item_id": item, "text": text, "target": target, "phrases": [], "group": group} for item, text, target, group
             in zip(pairs["item_id"], pairs["definition"], pairs["lemma"], pairs["group"])]
