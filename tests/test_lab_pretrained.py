@@ -13,7 +13,7 @@ from carma_lib.lab import memory
 from carma_lib.lab.cell import Cell, cell_folder, is_trained
 from carma_lib.lab.recipe import recipe_for
 from carma_lib.lab.run import CellFailed, run
-from carma_lib.lab.start import training_rows
+from carma_lib.lab.start import start_model, training_rows
 from carma_lib.lab.tables import curves
 from carma_lib.lab.train import trained
 from carma_lib.lab.worker import run_cell
@@ -136,3 +136,23 @@ def test_a_start_without_any_answer_is_refused(folder, tmp_path, client):
     with pytest.raises(CellFailed, match="no training row's answer is one token of this tokenizer") as error:
         run([cell_of(str(start))], folder, client, data=DATA)
     assert "\n" not in str(error.value)
+
+
+def test_random_weights_in_the_shape_of_a_pretrained_start(folder, starts):
+    """The same tokenizer, prompt and rows; weights of the cell's seed; told apart in folders and tables."""
+    whole, first, again, other = (cell_of(start, "fine_tuning", seed=seed, measures=("perplexity",)) for start, seed in (
+        (starts["llama"], 1), (f"random:{starts['llama']}", 1), (f"random:{starts['llama']}", 1), (f"random:{starts['llama']}", 2)))
+    models = [start_model(folder, cell) for cell in (whole, first, again, other)]
+    assert len({model.config.to_json_string() for model in models}) == 1
+    kept, weights, same, others = ({name: value for name, value in model.named_parameters() if "norm" not in name} for model in models)
+    for name in kept:
+        assert torch.equal(weights[name], same[name]) and not torch.equal(weights[name], others[name])
+        assert not torch.equal(weights[name], kept[name])
+    assert training_rows(folder, whole) == training_rows(folder, first)
+    assert run([whole, first, other], folder, workers=1) == {}
+    found = results_of(folder, [whole, first, other])
+    assert set(found.model.unique()) == {"tiny-llama", "tiny-llama, random weights"} and len({cell.place.parent for cell in (whole, first)}) == 2
+    before = pd.concat([pd.read_parquet(cell_folder(folder, cell) / "measures.parquet") for cell in (whole, first, other)])
+    assert before[before.measure == "perplexity_before"].value.nunique() == 3
+    with pytest.raises(ValueError, match="needs pretrained weights"):
+        cell_of(f"random:{starts['llama']}", adapter="lora")

@@ -141,14 +141,15 @@ def test_the_cells_of_the_pretrained_study_by_block(tmp_path):
     tokenizer = train_tokenizer(["a small bird"] * 5, vocabulary_size=300)
     small_model("llama", tokenizer, layers=4, width=8, heads=1).save_pretrained(tmp_path / "one")
     small_model("llama", tokenizer, layers=6, width=8, heads=1).save_pretrained(tmp_path / "two")
-    changes = {"starts": {"smollm2": {"start": str(tmp_path / "one")}, "gemma3": {"start": str(tmp_path / "two")}}}
+    changes = {"starts": {"smollm2": {"start": str(tmp_path / "one")}, "gemma3": {"start": str(tmp_path / "two")},
+                          "random": {"start": f"random:{tmp_path / 'one'}"}}}
     plan = read_study(ROOT / "data" / "pretrained" / "plan.yml", changes)
     rates, strengths = values_of(plan)
     blocks = plan.cells(rates, strengths)
     assert {name: len(cells) for name, cells in blocks.items()} == {
-        "primary": 40, "published_settings": 30, "larger_model": 20, "alternatives": 30}
+        "primary": 40, "published_settings": 30, "larger_model": 20, "alternatives": 30, "random_weights": 12}
     cells = {cell for block in blocks.values() for cell in block}
-    assert len({cell.key for cell in cells}) == len(cells) == 120
+    assert len({cell.key for cell in cells}) == len(cells) == 132
     published = blocks["published_settings"]
     assert {cell.strength for cell in published} == {None} and {cell.change for cell in published} == {("settings", "published")}
     assert all(cell.recipe.carma_weight is not None for cell in published)

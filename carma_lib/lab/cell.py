@@ -74,7 +74,7 @@ class Cell:
         if recipe.small:
             start = "" if recipe.start == "random" else f"{recipe.start}-"
             return f"{start}{recipe.family}-{recipe.layers}x{recipe.width}"
-        return Path(recipe.start).name
+        return Path(recipe.pretrained).name + ("" if recipe.start == recipe.pretrained else "-random")
 
     @property
     def place(self) -> Path:

@@ -40,7 +40,7 @@ def _weights(cell: Cell) -> tuple[int, int]:
     recipe = cell.recipe
     vocabulary, width, blocks = recipe.vocabulary_size, recipe.width, recipe.layers
     if not recipe.small:
-        config = load_config(recipe.start).get_text_config()
+        config = load_config(recipe.pretrained).get_text_config()
         vocabulary, width, blocks = config.vocab_size, config.hidden_size, config.num_hidden_layers
     every = vocabulary * width + 12 * blocks * width**2
     return every, every if recipe.adapter == "none" else recipe.lora_rank * 22 * blocks * width

@@ -54,7 +54,8 @@ _known_before: dict[tuple, list[dict[str, Any]]] = {}
 def _before(folder: Path, cell: Cell) -> list[dict[str, Any]]:
     """The measures of the start, the same for every method; random weights are told apart by their seed."""
     recipe = cell.recipe
-    start = (recipe.start, recipe.family, recipe.layers, recipe.width, recipe.heads, cell.seed) if recipe.small else recipe.start
+    start = (recipe.start, recipe.family, recipe.layers, recipe.width, recipe.heads, cell.seed) if recipe.small else (
+        recipe.start, 0 if recipe.has_pretrained_weights else cell.seed)
     key = (folder, cell.task, start, recipe.testing_mark(), recipe.validation_items)
     if key not in _known_before:
         model = start_model(folder, cell)

@@ -138,9 +138,9 @@ def _cheaper(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     parts = next((each for each in (8, 4, 2) if rows % each == 0), 1) * recipe.accumulation
     saving = {"activation_checkpointing": True}
     ways = [{"accumulation": parts}, saving, {"accumulation": parts, **saving}]
-    if recipe.adapter == "none" and not recipe.small:
+    if recipe.adapter == "none" and recipe.has_pretrained_weights:
         ways += [{"adapter": "lora"}, {"adapter": "lora", **saving}]
-    if recipe.adapter != "qlora" and recipe.processes == 1 and not recipe.small and torch.cuda.is_available():
+    if recipe.adapter != "qlora" and recipe.processes == 1 and recipe.has_pretrained_weights and torch.cuda.is_available():
         ways.append({"adapter": "qlora", "accumulation": parts, **saving})
     for way in ways:
         yield ", ".join(f"{name}={value!r}" for name, value in way.items()), recipe.but(**way)

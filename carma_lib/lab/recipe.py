@@ -16,6 +16,7 @@ from carma_lib.models import SMALL_FAMILIES, load_config, native_bf16
 from carma_lib.pooling import PROTOCOLS
 
 SMALL_STARTS = ("random", "base")
+RANDOM = "random:"
 EXAMPLES = "wordnet_examples"
 Level = Literal["word", "phrase"]
 Positive = Annotated[int, Field(ge=1)]
@@ -63,7 +64,7 @@ class Training(_Strict):
     """How a cell's model is made.
 
     start: "random" weights of a small model, "base" for such a model trained on plain text first, else the name,
-    hub id or folder of a pretrained model. family, layers, width, heads, vocabulary_size: of a small model; its
+    hub id or folder of a pretrained model; "random:" before one takes its shape and tokenizer with new weights. family, layers, width, heads, vocabulary_size: of a small model; its
     tokenizer (and base model) is made of the training texts of `tokenizer_tasks`, without any of the cell's task.
     base_steps, base_learning_rate: of the language modelling that makes a base model.
 
@@ -168,8 +169,8 @@ class Recipe(Training, Testing):
         if self.batch_size and self.batch_size % (self.accumulation * self.processes):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation × processes = "
                              f"{self.accumulation * self.processes}")
-        if self.adapter != "none" and self.small:
-            raise ValueError(f"adapter '{self.adapter}' needs a pretrained start; leave it at 'none' for small models")
+        if self.adapter != "none" and not self.has_pretrained_weights:
+            raise ValueError(f"adapter '{self.adapter}' needs pretrained weights; leave it at 'none' for random ones")
         if self.adapter == "qlora" and self.processes > 1:
             raise ValueError("a start of 4 bits is not sharded: take adapter 'lora', or processes=1")
         if self.small and self.width % self.heads:
@@ -194,6 +195,16 @@ class Recipe(Training, Testing):
     def small(self) -> bool:
         """Whether the start is a small model of this project, not a pretrained one."""
         return self.start in SMALL_STARTS
+
+    @property
+    def has_pretrained_weights(self) -> bool:
+        """Whether training begins from weights that somebody trained before."""
+        return not self.small and self.start == self.pretrained
+
+    @property
+    def pretrained(self) -> str:
+        """The name, id or folder that a start which is not small takes its configuration and tokenizer from."""
+        return self.start.removeprefix(RANDOM)
 
     @property
     def carma(self) -> CarmaConfig:
@@ -275,9 +286,9 @@ def recipe_for(kind: str, settings: Mapping[str, Any], *, seeds: tuple[int, ...]
         values = {**OPEN, "mi_layers": carma.mi_layers, "stability_layers": carma.stability_layers}
         defaults, published = {"carma_weight", "mi_weight", "stability_weight"}, set()
     else:
-        known = names().get(recipe.start)  # of these the table has the depth: nothing is fetched to make a plan
-        depth = known["blocks"] if known else load_config(recipe.start).get_text_config().num_hidden_layers
-        table = settings_for(recipe.start, kind, num_layers=depth)
+        known = names().get(recipe.pretrained)  # of these the table has the depth: nothing is fetched to make a plan
+        depth = known["blocks"] if known else load_config(recipe.pretrained).get_text_config().num_hidden_layers
+        table = settings_for(recipe.pretrained, kind, num_layers=depth)
         layers = (0, table.last_layer)
         values = {**{name: getattr(table, name) for name in OPEN if not name.endswith("_layers")},
                   "mi_layers": layers, "stability_layers": layers, "epochs": table.epochs}

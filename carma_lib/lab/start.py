@@ -17,7 +17,7 @@ from carma_lib.lab.recipe import Recipe
 from carma_lib.losses import CarmaConfig
 from carma_lib.methods import METHODS
 from carma_lib.models.table import find_model
-from carma_lib.models import Prompt, load_config, load_model, load_tokenizer, prompt_for, small_model, train_tokenizer
+from carma_lib.models import Prompt, load_config, load_model, load_tokenizer, prompt_for, random_model, small_model, train_tokenizer
 from carma_lib.synonyms.replacement import with_synonym_copies
 from carma_lib.tasks import load_task, read_card, task_named
 from carma_lib.trainer import CarmaTrainer
@@ -27,21 +27,23 @@ def model_name(recipe: Recipe) -> str:
     """What a start is called in tables: its id or folder, with its depth if the model table knows another one."""
     if recipe.small:
         return f"{recipe.family}, {recipe.layers} layers, width {recipe.width}"
-    name = Path(recipe.start).resolve().name if Path(recipe.start).is_dir() else recipe.start
+    start = recipe.pretrained
+    name = Path(start).resolve().name if Path(start).is_dir() else start
     known, blocks = find_model(name), depth_of(recipe)
-    return name if known is None or known["blocks"] == blocks else f"{name} with {blocks} blocks"
+    name = name if known is None or known["blocks"] == blocks else f"{name} with {blocks} blocks"
+    return name if start == recipe.start else f"{name}, random weights"
 
 
 @lru_cache(maxsize=None)
 def depth_of(recipe: Recipe) -> int:
     """Decoder blocks of the start."""
-    return recipe.layers if recipe.small else load_config(recipe.start).get_text_config().num_hidden_layers
+    return recipe.layers if recipe.small else load_config(recipe.pretrained).get_text_config().num_hidden_layers
 
 
 @lru_cache(maxsize=None)
 def prompt_of(task: str, recipe: Recipe) -> Prompt:
     """The prompt of a task: the family's published wording for a pretrained start, GPT-2's otherwise."""
-    family = "default" if recipe.small else load_config(recipe.start).model_type
+    family = "default" if recipe.small else load_config(recipe.pretrained).model_type
     return prompt_for(task_named(task).kind, family, pretrained=not recipe.small)
 
 
@@ -54,7 +56,7 @@ def rows_of(folder: Path, task: str) -> datasets.DatasetDict:
 def tokenizer_of(folder: Path, cell: Cell) -> PreTrainedTokenizerFast:
     """The start's tokenizer; that of a small one is trained here at first use."""
     recipe = cell.recipe
-    return _pretrained_tokenizer(recipe.start) if not recipe.small else _small_tokenizer(
+    return _pretrained_tokenizer(recipe.pretrained) if not recipe.small else _small_tokenizer(
         folder, recipe.tokenizer_tasks or (cell.task,), recipe.vocabulary_size)
 
 
@@ -87,7 +89,7 @@ def config_of(cell: Cell) -> PretrainedConfig:
     """The configuration of a cell's start; nothing is loaded."""
     recipe = cell.recipe
     if not recipe.small:
-        return load_config(recipe.start)
+        return load_config(recipe.pretrained)
     with torch.device("meta"):
         tokens = _Vocabulary(recipe.vocabulary_size)
         return small_model(recipe.family, tokens, layers=recipe.layers, width=recipe.width, heads=recipe.heads).config
@@ -108,6 +110,8 @@ def start_model(folder: Path, cell: Cell) -> Any:
                            heads=recipe.heads, seed=cell.seed)
     if recipe.start == "base":
         return load_model(str(make_base(folder, cell)))[0]
+    if not recipe.has_pretrained_weights:
+        return random_model(recipe.pretrained, seed=cell.seed)
     dtype = torch.bfloat16 if recipe.bf16 and recipe.adapter != "none" else torch.float32
     return load_model(recipe.start, dtype=dtype, four_bits=recipe.adapter == "qlora")[0]
 

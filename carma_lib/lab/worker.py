@@ -45,7 +45,7 @@ def prepare(folder: Path, cells: list[Cell], sharing: int, stage: Stage) -> None
     if any(not cell.untuned for cell in cells):
         rows = training_rows(folder, next(cell for cell in cells if not cell.untuned))
         config = config_of(first)
-        if not first.recipe.small:
+        if first.recipe.has_pretrained_weights:
             check_loading(first.recipe.start, config, first.recipe)
         check_memory(config, first.recipe, tokens=max(len(row["input_ids"]) for row in rows), workers=sharing)
     if stage == "tested" and not all(cell.trial for cell in cells):

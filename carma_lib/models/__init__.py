@@ -78,6 +78,14 @@ def small_model(family: str, tokenizer: PreTrainedTokenizerFast, *, layers: int 
         return AutoModelForCausalLM.from_config(config)
 
 
+def random_model(start: str | Path, *, seed: int) -> PreTrainedModel:
+    """A model of a start's shape with the random weights of a seed. Raises as `load_model` does."""
+    config = load_config(start)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
 def load_config(start: str | Path) -> PretrainedConfig:
     """The configuration of a start. Raises as `load_model` does."""
     where = _place(start)
