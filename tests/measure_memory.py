@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from carma_lib.lab.memory import estimate_memory
 from carma_lib.models import add_adapter
 from carma_lib.lab.recipe import Recipe
-from carma_lib.trainer import CarmaTrainer
+from carma_lib.trainer import CarmaTrainer, checkpointing
 
 TOKENS, WIDTH, BLOCKS, VOCABULARY = 64, 256, 4, 2000
 PLAIN = Recipe(mi_layers=(0, 1), stability_layers=(0, 1), batch_size=16, precision="float32", steps=2)
@@ -23,7 +23,7 @@ CASES = {
     "accumulation": ("llama", {"batch_size": 32, "accumulation": 4}),
     "activation checkpointing": ("llama", {"batch_size": 32, "activation_checkpointing": True}),
     "all layers": ("llama", {"mi_layers": (0, 3), "stability_layers": (0, 3), "num_negatives": None}),
-    "lora": ("llama", {"adapter": "lora"}), "bf16": ("llama", {"precision": "bf16"}),
+    "lora": ("llama", {"start": "a pretrained llama", "adapter": "lora"}), "bf16": ("llama", {"precision": "bf16"}),
 }
 
 
@@ -49,14 +49,13 @@ def train(config, recipe):
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=2, per_device_train_batch_size=recipe.rows_a_pass, report_to="none", disable_tqdm=True,
-            gradient_accumulation_steps=recipe.accumulation, gradient_checkpointing=recipe.activation_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False}, save_strategy="no", use_cpu=True,
-            bf16=recipe.bf16)
+            gradient_accumulation_steps=recipe.accumulation, save_strategy="no", use_cpu=True, bf16=recipe.bf16,
+            **checkpointing() if recipe.activation_checkpointing else {})
         CarmaTrainer(model, arguments, carma=recipe.carma, train_dataset=[row] * 256, data_collator=lambda rows: {
             name: torch.stack([each[name] for each in rows]) for name in row}).train()
 
 
-def measure(family, more, results):
+def measure(family, more):
     torch.set_num_threads(1)
     recipe = PLAIN.but(**more)
     train(config_of(family, width=8), recipe.but(batch_size=4))  # loads all code that a training needs
@@ -65,17 +64,14 @@ def measure(family, more, results):
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
     train(config_of(family), recipe)
-    results.put([resident("VmHWM") - before, estimate_memory(config_of(family), recipe, tokens=TOKENS).total])
+    return resident("VmHWM") - before, estimate_memory(config_of(family), recipe, tokens=TOKENS).total
 
 
 def main(names):
     context, found = multiprocessing.get_context("fork"), {}
     for name in names:
-        results = context.Queue()
-        process = context.Process(target=measure, args=(*CASES[name], results))
-        process.start()
-        found[name] = results.get(timeout=300)
-        process.join()
+        with context.Pool(1) as pool:
+            found[name] = pool.apply(measure, CASES[name])
     print(json.dumps(found))
 
 
