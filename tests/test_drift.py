@@ -4,14 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import byte_level_tokenizer, metaspace_tokenizer, tiny_model
+from tiny import tiny_model
 
 from carma_lib.collate import Collator
-from carma_lib.lab.drift import compare_with_start, hidden_state_drift, perplexity
-from carma_lib.report.plots import drift_by_layer
-from carma_lib.models import Prompt
+from carma_lib.lab.drift import hidden_state_drift, perplexity
 from carma_lib.blocks import decoder_blocks
 
 FAMILIES = ("gpt2", "llama", "gemma2")
@@ -213,23 +210,3 @@ def test_adapters_and_half_precision():
     assert found["drift"][0] == 0 and (found["drift"][1:] > 0).all() and perplexity(prompted, rows) > 1
     halved = hidden_state_drift(tiny_model("llama").bfloat16(), start, rows)
     assert (halved["drift"] < 0.02).all() and (halved["cka"] > 0.999).all()
-
-
-@pytest.mark.parametrize("family, tokenizer_of", [
-    ("gpt2", byte_level_tokenizer), ("llama", metaspace_tokenizer)])
-def test_one_call_compares_a_model_with_its_start(family, tokenizer_of):
-    (model, start), tokenizer = pair_of(family), tokenizer_of()
-    texts = ["a small bird that sings", "to move slowly across the water", "a boat", "warm and generous"]
-    rows = Dataset.from_dict({"text": texts, "target": ["a", "b", "c", "d"]})
-    prompt = Prompt("The thing: ", ' is called a "')
-    table, perplexities = compare_with_start(model, start, tokenizer, rows, prompt=prompt, batch_size=3)
-    whole = [{"input_ids": tokenizer(prompt.prefix + text + prompt.suffix).input_ids} for text in texts]
-    expected = naive_drift(model, start, whole)
-    for row in table.itertuples():
-        assert (row.value, row.cosine, row.cka) == pytest.approx(expected[row.layer], rel=2e-5)
-    plain = batches_of([{"input_ids": tokenizer(text).input_ids} for text in texts], 1)
-    assert perplexities["model"] == pytest.approx(perplexity(model, plain), rel=1e-5)
-    assert perplexities["start"] == pytest.approx(perplexity(start, plain), rel=1e-5)
-    figure = drift_by_layer(table.assign(method="carma", seed=0))
-    drawn = figure.axes[0].lines[-1]
-    assert list(drawn.get_xdata()) == [-1, 0, 1, 2] and list(drawn.get_ydata()) == table["drift"].tolist()

@@ -40,7 +40,7 @@ def test_rows_are_selected_by_value_by_list_and_up_to_rounding():
     assert list(select(table.astype({"split": "category"}), split="c").seed) == [4] and len(select(table)) == 4
     with pytest.raises(KeyError):
         select(table, depth=1)
-    assert task_label("controlled_inverse_dictionary") == "inverse dictionary" and task_label("sst3") == "sst3"
+    assert task_label("controlled_inverse_dictionary") == "inverse dictionary" and task_label("sst3") == "SST sentiment"
 
 
 def test_seed_differences_are_within_seeds():
@@ -129,7 +129,7 @@ def test_claims_are_counted_by_question():
 
 def test_a_study_that_is_not_whole_says_what_is_not_measured():
     plan = claims_for(CLAIMS, ["made_task", "sst3"], start="random")
-    assert [claim["name"] for claim in plan] == ["made task: accuracy", "made task: synonyms 25 %", "sst3: accuracy", "sst3: synonyms 25 %"]
+    assert [claim["name"] for claim in plan] == ["made task: accuracy", "made task: synonyms 25 %", "SST sentiment: accuracy", "SST sentiment: synonyms 25 %"]
     nothing = comparisons_so_far(None, plan)
     assert set(nothing.verdict) == {"not yet measured"} and list(nothing.name) == [claim["name"] for claim in plan]
     found = comparisons_so_far(made_results(seeds=4), plan)

@@ -10,13 +10,9 @@ from collections.abc import Iterable
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from carma_lib.blocks import decoder_blocks, evaluation_mode, read_states
-from carma_lib.collate import Collator, encode, encode_text
-from carma_lib.models import Prompt
 
 Batch = dict[str, Tensor]
 
@@ -75,22 +71,6 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> float:
     return torch.tensor(total / predicted, dtype=torch.double).exp().item()
 
 
-def compare_with_start(model: nn.Module, start: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset,
-                       *, prompt: Prompt, batch_size: int = 64) -> tuple[pd.DataFrame, dict[str, float]]:
-    """A fine-tuned model beside its start: drift on the task's prompts, perplexity of the plain texts.
-
-    rows: held-out, with `text` and `target`. Hidden states are those of `prefix + text + suffix`,
-    perplexities those of `text` alone. Returns the table of `hidden_state_drift`, its drift also as `value`,
-    the column that `figures.drift_by_layer` draws, and {"model": perplexity, "start": perplexity}. A start
-    of random weights has nothing to forget. Errors as in `encode`, `hidden_state_drift`, `perplexity`.
-    """
-    prompts = encode(rows, tokenizer, prefix=prompt.prefix, suffix=prompt.suffix)
-    drift = hidden_state_drift(model, start, _batches(prompts, tokenizer, batch_size))
-    texts = _batches(encode_text(rows, tokenizer), tokenizer, batch_size)
-    perplexities = {"model": perplexity(model, texts), "start": perplexity(start, texts)}
-    return drift.assign(value=drift["drift"]), perplexities
-
-
 class _Layer:
     """Sums over the pairs of states of one layer; in products less the first pair, which keeps digits."""
 
@@ -131,9 +111,3 @@ def _inputs(model: nn.Module, batch: Batch) -> Batch:
     """What the forward pass needs of a batch, on the model's device."""
     device, wanted = next(model.parameters()).device, ("input_ids", "attention_mask", "position_ids")
     return {name: batch[name].to(device) for name in wanted if name in batch}
-
-
-def _batches(rows: Dataset, tokenizer: PreTrainedTokenizerBase, size: int) -> list[Batch]:
-    """Padded batches of rows of like length; a row without a token is left out."""
-    ordered = sorted((row for row in rows if row["length"]), key=lambda row: row["length"])
-    return [Collator(tokenizer)(ordered[first:first + size]) for first in range(0, len(ordered), size)]

@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerFast, PrinterCallback, TrainingArguments
 
 from carma_lib.collate import Collator, encode, encode_text
-from carma_lib.files import check_folder, fingerprint, locked, whole_folder, write_json, write_checksums
+from carma_lib.files import check_folder, fingerprint, locked, whole_folder, write_checksums
 from carma_lib.lab.cell import TRAINING_RULES, Cell
 from carma_lib.lab.recipe import Recipe
 from carma_lib.losses import CarmaConfig

@@ -60,7 +60,7 @@ class ResultsError(ValueError):
 
 def task_label(task: str) -> str:
     """A task's name as figures, tables and sentences call it."""
-    return task.removeprefix("controlled_").replace("_", " ")
+    return task.removeprefix("controlled_").replace("_", " ").replace("wordnet", "WordNet").replace("sst3", "SST sentiment")
 
 
 def matches(table: pd.DataFrame, **values: Any) -> np.ndarray:
