@@ -4,6 +4,7 @@ Methods are compared in pairs: on the same items, and on the same seeds (which f
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Iterable, NamedTuple
 
@@ -14,9 +15,8 @@ from scipy.special import gamma
 from statsmodels.stats.multitest import multipletests
 
 from carma_lib.stats.intervals import check_confidence, critical_value, crossed_interval, tail_probability
-from carma_lib.stats.metrics import (CELL_COLUMNS, CONDITION_COLUMNS, METRICS, RUN_COLUMNS, Crossed, cells,
-                                     require_columns)
-from carma_lib.stats.table import matches
+from carma_lib.stats.metrics import CELL_COLUMNS, METRICS, RUN_COLUMNS, Crossed, cells, counted_items, require_columns
+from carma_lib.stats.table import matches, select
 
 #: A claim of difference between methods needs at least so many seeds; with fewer there are estimates only.
 FEWEST_SEEDS = 3
@@ -37,37 +37,32 @@ class Comparison(NamedTuple):
     note: str
 
 
-def _matches(results: pd.DataFrame, where: dict, columns: list[str]) -> np.ndarray:
-    return matches(results, **{name: where[name] for name in columns if name in where})
-
-
-def find_crossed(results: pd.DataFrame, metric: str, method: str, where: dict | None = None) -> Crossed:
+def find_crossed(results: pd.DataFrame, metric: str, method: str, where: dict) -> Crossed:
     """The one cell of a method that fits the filters `where`, e.g. {"split": "test", "rate": 0.4}.
 
-    Filters are any of `CELL_COLUMNS` but the method; that of the budget is not put to an untuned model.
-
-    Raises `NotComparable` if no cell fits or none of its items counts, ValueError if several cells fit or no row at
-    all has the task, split, model or start asked for.
+    Filters are any of `FILTER_COLUMNS`; that of the budget is not put to an untuned model. Raises `NotComparable` if no
+    cell fits or none of its items counts, ValueError if several cells fit or no row at all has the task, split, model
+    or start asked for.
     """
-    where = dict(where or {})
     if unknown := [name for name in where if name not in FILTER_COLUMNS]:
         raise ValueError(f"unknown filters {unknown}; known are {FILTER_COLUMNS}")
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known are {list(METRICS)}")
-    if method == "untuned":
-        where.pop("budget", None)
     require_columns(results, CELL_COLUMNS)
     for name in ("task", "split", "model", "start"):
         if name in where and where[name] not in (known := sorted(results[name].astype(str).unique())):
             raise ValueError(f"the table has no {name} {where[name]!r}; it has {', '.join(known)}")
-    chosen = _matches(results, where | {"method": method}, RUN_COLUMNS)
-    changed = chosen & _matches(results, where, CONDITION_COLUMNS)
-    changed &= results["condition"].isin(METRICS[metric].conditions).to_numpy()
+    asked = {name: value for name, value in where.items() if (method, name) != ("untuned", "budget")}
+    of_run = {name: value for name, value in asked.items() if name in RUN_COLUMNS}
+    run = select(results, **of_run, method=method)
+    changed = matches(run, **{name: value for name, value in asked.items() if name not in of_run})
+    changed &= run["condition"].isin(METRICS[metric].conditions).to_numpy()
     if not changed.any():
-        raise NotComparable(f"no rows of {method} for {metric}{_text(where)}")
+        filters = ", ".join(f"{name} {value}" for name, value in asked.items())
+        raise NotComparable(f"no rows of {method} for {metric}" + f" with {filters}" * bool(filters))
     if METRICS[metric].against_clean:
-        changed |= chosen & (results["condition"] == "clean").to_numpy()
-    found = list(cells(results[changed], metric))
+        changed |= (run["condition"] == "clean").to_numpy()
+    found = list(cells(run[changed], metric))
     if len(found) > 1:
         keys = pd.DataFrame([key for key, _ in found])
         several = [name for name in FILTER_COLUMNS if keys[name].nunique(dropna=False) > 1]
@@ -78,44 +73,32 @@ def find_crossed(results: pd.DataFrame, metric: str, method: str, where: dict | 
     return cell
 
 
-def _text(where: dict) -> str:
-    return " with " + ", ".join(f"{name} {value}" for name, value in where.items()) if where else ""
-
-
 def pair(results: pd.DataFrame, metric: str, method: str, baseline: str,
-         where: dict | None = None) -> tuple[Crossed, Crossed, list[str]]:
+         where: dict) -> tuple[Crossed, Crossed, list[str]]:
     """The cells of two methods on their common seeds and items, and notes on what was left out.
 
     The one run of an untuned model stands beside every seed of the other method.
     """
-    pair_of = [find_crossed(results, metric, name, where) for name in (method, baseline)]
-    notes = [note for cell in pair_of for note in cell.notes]
-    for place, name in enumerate((method, baseline)):
-        cell, other = pair_of[place], pair_of[1 - place]
-        if name == "untuned" and len(cell.seeds) == 1:
-            repeat = np.zeros(len(other.seeds), int)
-            pair_of[place] = Crossed(other.seeds, cell.items, cell.numerator[repeat], cell.denominator[repeat],
-                                     key=cell.key)
-    seeds = np.intersect1d(pair_of[0].seeds, pair_of[1].seeds)
-    items = np.intersect1d(pair_of[0].items, pair_of[1].items)
+    found = {name: find_crossed(results, metric, name, where) for name in (method, baseline)}
+    notes = [note for cell in found.values() for note in cell.notes]
+    for name, other in ((method, found[baseline]), (baseline, found[method])):
+        if name == "untuned" and len(found[name].seeds) == 1:
+            cell, every = found[name], np.zeros(len(other.seeds), int)
+            found[name] = replace(cell, seeds=other.seeds, numerator=cell.numerator[every], denominator=cell.denominator[every])
+    seeds, items = (np.intersect1d(getattr(found[method], name), getattr(found[baseline], name)) for name in ("seeds", "items"))
     if not len(seeds) or not len(items):
         raise NotComparable(f"{method} and {baseline} share no {'items' if len(seeds) else 'seeds'}")
-    for name, cell in zip((method, baseline), pair_of):
+    for name, cell in found.items():
         if len(alone := np.setdiff1d(cell.seeds, seeds)):
             notes.append(f"seeds {', '.join(map(str, alone))} of {name} left out: not in both methods")
         if len(cell.items) > len(items):
             notes.append(f"{len(cell.items) - len(items)} items of {name} left out: not in both methods")
-    first, second = (_take(cell, seeds, items) for cell in pair_of)
+        rows, columns = np.isin(cell.seeds, seeds), pd.Index(cell.items).get_indexer(items)
+        found[name] = Crossed(seeds, items, cell.numerator[rows][:, columns], cell.denominator[rows][:, columns], key=cell.key)
+    first, second = found[method], found[baseline]
     if not (first.denominator.any(axis=1) & second.denominator.any(axis=1)).all():
         raise NotComparable(f"{method} and {baseline}: a seed has no right answer among the common items")
     return first, second, list(dict.fromkeys(notes))
-
-
-def _take(cell: Crossed, seeds: np.ndarray, items: np.ndarray) -> Crossed:
-    rows = np.flatnonzero(np.isin(cell.seeds, seeds))
-    columns = pd.Index(cell.items).get_indexer(items)
-    return Crossed(seeds, items, cell.numerator[rows][:, columns], cell.denominator[rows][:, columns],
-                   key=cell.key)
 
 
 def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None,
@@ -130,8 +113,7 @@ def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None,
     """
     values = first.values - second.values
     shares = all(np.isin(cell.numerator, (0, 1)).all() for cell in (first, second))
-    counted = int(((first.denominator > 0) | (second.denominator > 0)).any(axis=0).sum())
-    constant = np.ptp(values) < 1e-12
+    counted, constant = counted_items(first, second), np.ptp(values) < 1e-12
     found = crossed_interval(values, confidence=confidence, counted=counted,
                              bounds=(-1, 1) if shares and constant else (-np.inf, np.inf))
     above, note = found.estimate + (margin or 0.0), found.note
@@ -139,25 +121,24 @@ def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None,
         p = np.nan
     elif constant and abs(found.estimate) < 1e-12:
         p, note = (1.0, note) if margin is None else (np.nan, "no answer differs between the two: no test")
+    elif constant and not shares:
+        p, note = np.nan, "all items differ by the same: no spread to test by"
     elif constant:
         p = min(2 * 0.5**counted, 1.0) if margin is None or above > 0 else 1.0
-        p, note = (p, note) if shares else (np.nan, "all items differ by the same: no spread to test by")
     else:
         statistic = above / found.standard_error
-        p = min(1.0, 2 * tail_probability(abs(statistic) if margin is None else statistic, found.seed_share,
-                                          *values.shape))
+        p = min(1.0, 2 * tail_probability(abs(statistic) if margin is None else statistic, found.seed_share, *values.shape))
     return Comparison(*found[:3], p, found.standard_error, note)
 
 
-def hierarchical_bootstrap(first: Crossed, second: Crossed | None = None, *, draws: int = 2000,
-                           seed: int = 0) -> np.ndarray:
-    """Draws of the mean of the seeds' ratios, or of the difference of two cells, over seeds and items.
+def hierarchical_bootstrap(first: Crossed, second: Crossed, *, draws: int = 2000) -> np.ndarray:
+    """Draws of the difference of two cells (mean of the seeds' ratios) over seeds and items, shape (draws,).
 
     Each draw resamples seeds with replacement, then items with replacement, the same items for every seed and
-    both methods, as weights: multinomial counts. Shape (draws,). A draw in which a seed has no item in the
-    denominator leaves that seed out; a draw without any is NaN.
+    both methods, as weights: multinomial counts. A draw in which a seed has no item in the denominator leaves that
+    seed out; a draw without any is NaN. The generator's seed is 0.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     seeds, items = first.numerator.shape
     of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), draws)
     of_items = generator.multinomial(items, np.full(items, 1 / items), draws).astype(float)
@@ -169,19 +150,18 @@ def hierarchical_bootstrap(first: Crossed, second: Crossed | None = None, *, dra
         total = weight.sum(axis=1)
         return np.divide((weight * ratio).sum(axis=1), total, out=np.full(draws, np.nan), where=total > 0)
 
-    return means(first) - (means(second) if second is not None else 0.0)
+    return means(first) - means(second)
 
 
-def bootstrap_interval(first: Crossed, second: Crossed | None = None, *, draws: int = 2000, seed: int = 0,
+def bootstrap_interval(first: Crossed, second: Crossed, *, draws: int = 2000,
                        confidence: float = 0.95) -> tuple[float, float]:
     """Percentile interval of `hierarchical_bootstrap`, widened by √(n / (n - 1)) for n seeds.
 
     A check beside `crossed_interval`, not a replacement: its coverage depends on how much seeds differ.
     """
     check_confidence(confidence)
-    values = hierarchical_bootstrap(first, second, draws=draws, seed=seed)
-    centre = first.values.mean() - (second.values.mean() if second is not None else 0.0)
-    seeds = len(first.seeds)
+    values = hierarchical_bootstrap(first, second, draws=draws)
+    centre, seeds = first.values.mean() - second.values.mean(), len(first.seeds)
     widened = centre + (values - centre) * (np.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0)
     low, high = np.nanquantile(widened, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
@@ -204,18 +184,12 @@ def cv_ratio_test(first: np.ndarray, second: np.ndarray, *, confidence: float = 
     if first.mean() <= 0 or second.mean() <= 0 or min(np.ptp(first), np.ptp(second)) < 1e-12:
         raise NotComparable("a method's values do not differ across seeds or have a mean of 0: no CV ratio")
     first, second = first / first.mean(), second / second.mean()
-    if n <= 13:
-        swaps = np.array(list(product((False, True), repeat=n)))
-    else:
-        swaps = np.random.default_rng(0).random((draws, n)) < 0.5
-        swaps[0] = False
-
-    def log_cv(values: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore"):
-            return np.log(values.std(axis=1, ddof=1) / values.mean(axis=1))
-
-    with np.errstate(invalid="ignore"):
-        shifts = np.abs(log_cv(np.where(swaps, second, first)) - log_cv(np.where(swaps, first, second)))
+    swaps = np.array(list(product((False, True), repeat=n))) if n <= 13 else np.random.default_rng(0).random((draws, n)) < 0.5
+    swaps[0] = False
+    swapped = np.where(swaps, second, first), np.where(swaps, first, second)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        one, two = (np.log(values.std(axis=1, ddof=1) / values.mean(axis=1)) for values in swapped)
+        shifts = np.abs(one - two)
     p = float((shifts >= shifts[0] - 1e-12).mean())
     variance_ratio = first.var(ddof=1) / second.var(ddof=1)
     t = stats.t.ppf((1 + confidence) / 2, n - 2)
@@ -242,11 +216,9 @@ def effect_size(differences: np.ndarray) -> float:
 
 def holm(p: Iterable[float]) -> np.ndarray:
     """Holm's step-down adjusted p values of a family; NaN (not tested) stays NaN and does not count."""
-    p = np.asarray(list(p), dtype=float)
-    tested = np.isfinite(p)
-    adjusted = np.full(len(p), np.nan)
-    if tested.any():
-        adjusted[tested] = multipletests(p[tested], method="holm")[1]
+    adjusted = np.array(list(p), dtype=float)
+    if (tested := np.isfinite(adjusted)).any():
+        adjusted[tested] = multipletests(adjusted[tested], method="holm")[1]
     return adjusted
 
 

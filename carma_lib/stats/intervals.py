@@ -64,39 +64,32 @@ def crossed_interval(values: np.ndarray, *, confidence: float = 0.95, counted: i
     - items' part, what the choice of items adds: max(0, s²(item means) / items - MS_r / (seeds · items)).
 
     Half width: `critical_value` times the standard error. The interval is cut at `bounds`. With one seed or one item
-    it covers the other factor only, and the note says so. If all values are the same, `constant_interval` applies to
+    it covers the other factor only, and the note says so. If all values are the same, `_constant_interval` applies to
     the `counted` items (all by default; fewer if only some items are in a ratio's denominator).
     """
     check_confidence(confidence)
     values = np.asarray(values, dtype=float)
     if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError("values must be a matrix, seeds × items, of finite numbers and not empty")
-    seeds, items = values.shape
-    mean = values.mean()
+    (seeds, items), mean = values.shape, values.mean()
     if seeds == items == 1:
         return Interval(mean, *[np.nan] * 4, "one seed and one item: no interval")
     if np.ptp(values) < 1e-12:
-        return constant_interval(mean, counted or items, confidence, bounds)
-    parts = _variance_parts(values)
-    error, share = np.sqrt(sum(parts)), parts[0] / sum(parts)
-    half = critical_value((1 - confidence) / 2, share, seeds, items) * error
-    note = ("one seed: interval over items only" if seeds == 1 else
-            "one item: interval over seeds only" if items == 1 else "")
-    return Interval(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), error, share, note)
-
-
-def _variance_parts(values: np.ndarray) -> tuple[float, float]:
-    """What seeds and items contribute to the variance of the matrix's mean."""
-    (seeds, items), by_seed, by_item = values.shape, values.mean(axis=1), values.mean(axis=0)
+        return _constant_interval(mean, counted or items, confidence, bounds)
+    by_seed, by_item = values.mean(axis=1), values.mean(axis=0)
     seed_part = by_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
     item_part = by_item.var(ddof=1) / items if items > 1 else 0.0
     if seeds > 1 and items > 1:
         freedom = (seeds - 1) * (items - 1)
-        residual = values - by_seed[:, None] - by_item + values.mean()
+        residual = values - by_seed[:, None] - by_item + mean
         residual_part = np.square(residual).sum() / freedom / (seeds * items)
         seed_part = max(seed_part, _low_ratio(seeds - 1, freedom) * residual_part)
         item_part = max(item_part - residual_part, 0.0)
-    return seed_part, item_part
+    error, share = np.sqrt(seed_part + item_part), seed_part / (seed_part + item_part)
+    half = critical_value((1 - confidence) / 2, share, seeds, items) * error
+    note = ("one seed: interval over items only" if seeds == 1 else
+            "one item: interval over seeds only" if items == 1 else "")
+    return Interval(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), error, share, note)
 
 
 @lru_cache
@@ -104,7 +97,7 @@ def _low_ratio(of_seeds: int, of_residuals: int) -> float:
     return float(stats.f.ppf(0.05, of_seeds, of_residuals))
 
 
-def constant_interval(value: float, items: int, confidence: float, bounds: tuple[float, float]) -> Interval:
+def _constant_interval(value: float, items: int, confidence: float, bounds: tuple[float, float]) -> Interval:
     """Interval of a mean whose values are all the same: exact binomial limits over items.
 
     With tail = (1 - confidence) / 2 and q = 1 - tail^(1 / items), the largest share of unlike items that shows none of
@@ -130,14 +123,12 @@ def cv_interval(values: np.ndarray, *, confidence: float = 0.95) -> Interval:
     values = np.asarray(values, dtype=float)
     n, mean = len(values), values.mean()
     if n < 2 or mean <= 0:
-        return Interval(*[np.nan] * 5,
-                        "one seed: no spread to measure" if n < 2 else "mean is not above 0: CV undefined")
+        return Interval(*[np.nan] * 5, "one seed: no spread to measure" if n < 2 else "mean is not above 0: CV undefined")
     ratio = values.std(ddof=1) / mean
     if ratio < 1e-12:
         return Interval(0.0, 0.0, 0.0, np.nan, np.nan, "seeds do not differ")
     edges = stats.chi2.ppf([(1 + confidence) / 2, (1 - confidence) / 2], n - 1)
     below = ((edges + 2) / n - 1) * ratio**2 + edges / (n - 1)
-    if below[1] <= 0:
-        return Interval(ratio, ratio / np.sqrt(below[0]), np.inf, np.nan, np.nan,
-                        "too few seeds for an upper limit at this spread")
-    return Interval(ratio, *(ratio / np.sqrt(below)), np.nan, np.nan, "")
+    low, high = np.where(below > 0, ratio / np.sqrt(np.abs(below)), np.inf)
+    return Interval(ratio, low, high, np.nan, np.nan,
+                    "too few seeds for an upper limit at this spread" if high == np.inf else "")

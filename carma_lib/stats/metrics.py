@@ -11,10 +11,9 @@ from typing import Callable, Iterator
 
 import numpy as np
 import pandas as pd
-
 from sklearn.metrics import f1_score
 
-from carma_lib.stats.intervals import crossed_interval, cv_interval
+from carma_lib.stats.intervals import Interval, crossed_interval, cv_interval
 
 RUN_COLUMNS = ["task", "split", "model", "start", "budget", "method"]
 CONDITION_COLUMNS = ["condition", "source", "rate", "start_layer", "depth_share", "protocol", "level"]
@@ -58,8 +57,7 @@ METRICS: dict[str, Metric] = {
     "accuracy_kept": Metric("share of the items answered right that are still answered right under pooling",
                             _kept, ("pooled",), against_clean=True),
     "agreement": Metric("share of the items that get the same answer, right or wrong, as without the change",
-                        _share(lambda rows: (rows["clean_prediction"] == rows["prediction_code"])
-                               & (rows["clean_correct"] == rows["correct"])),
+                        _share(lambda rows: rows["same_prediction"] & (rows["clean_correct"] == rows["correct"])),
                         ("replaced", "pooled"), ("correct", "prediction"), against_clean=True),
     "pooling_drop": Metric("accuracy lost under pooling: clean accuracy minus pooled accuracy, in shares",
                            _share(lambda rows: rows["clean_correct"] - rows["correct"].to_numpy(float)),
@@ -80,7 +78,7 @@ class Crossed:
     @property
     def counted(self) -> int:
         """How many items are in the denominator of any seed."""
-        return int((self.denominator > 0).any(axis=0).sum())
+        return counted_items(self)
 
     @property
     def values(self) -> np.ndarray:
@@ -94,15 +92,18 @@ class Crossed:
         return ratio + (self.numerator - ratio * self.denominator) / mean
 
 
+def counted_items(*cells: Crossed) -> int:
+    """How many items are in the denominator of any seed of any of the cells, which share their items."""
+    return int(np.any([(cell.denominator > 0).any(axis=0) for cell in cells], axis=0).sum())
+
+
 def require_columns(results: pd.DataFrame, columns: list[str]) -> None:
     """ValueError where a column is absent or has missing values (`depth_share` may), or there are no rows."""
-    missing = [name for name in columns if name not in results.columns]
-    if missing:
+    if missing := [name for name in columns if name not in results]:
         raise ValueError(f"the table lacks the columns {missing}")
     if results.empty:
         raise ValueError("the table has no rows; check the filter before this call")
-    holes = [name for name in columns if name != "depth_share" and results[name].isna().any()]
-    if holes:
+    if holes := [name for name in columns if name != "depth_share" and results[name].isna().any()]:
         raise ValueError(f"missing values in the columns {holes}; read_results says in which rows")
 
 
@@ -112,22 +113,22 @@ def _with_clean(results: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     if not wanted.any():
         raise ValueError(f"no row with condition {' or '.join(metric.conditions)}; evaluate that first")
     if not metric.against_clean:
-        return results if wanted.all() else results[wanted]
-    run = results.groupby([*RUN_COLUMNS, "seed"], observed=True).ngroup().to_numpy()
-    item, names = pd.factorize(results["item_id"])
-    key = run * len(names) + item
-    clean = (results["condition"] == "clean").to_numpy().nonzero()[0]
-    clean = clean[np.argsort(key[clean])]
-    rows = results[wanted]
-    place = np.searchsorted(key[clean], key[wanted]).clip(max=max(len(clean) - 1, 0))
-    found = key[clean][place] == key[wanted] if len(clean) else np.zeros(len(rows), bool)
-    if not found.any():
+        return results[wanted]
+    asked = results.groupby([*RUN_COLUMNS, "seed", "item_id"], observed=True, sort=False).ngroup().to_numpy()
+    clean = (results["condition"] == "clean").to_numpy()
+
+    def before(values: np.ndarray) -> np.ndarray:
+        found = np.full(asked.max() + 1, np.nan)
+        found[asked[clean]] = values[clean]
+        return found[asked[wanted]]
+
+    rows = results[wanted].assign(clean_correct=before(results["correct"].to_numpy(float)))
+    if rows["clean_correct"].isna().all():
         raise ValueError("no changed item has its clean answer; keep the rows of condition 'clean'")
-    added = {"clean_correct": np.where(found, results["correct"].to_numpy(float)[clean][place], np.nan)}
     if "prediction" in metric.columns:
         code = pd.factorize(results["prediction"])[0]
-        added |= {"clean_prediction": code[clean][place], "prediction_code": code[wanted]}
-    return rows.assign(**added)
+        rows = rows.assign(same_prediction=before(code) == code[wanted])
+    return rows
 
 
 def cells(results: pd.DataFrame, metric: str) -> Iterator[tuple[dict, Crossed]]:
@@ -179,8 +180,8 @@ def summarise(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -
 
     `metric` is a key of `METRICS`, the interval is `crossed_interval`. The note says why an estimate is empty.
     """
-    return _lines(results, metric, metric, lambda cell, used: crossed_interval(
-        cell.values, confidence=confidence, counted=used, bounds=METRICS[metric].bounds))
+    return _lines(results, metric, metric, lambda cell: crossed_interval(
+        cell.values, confidence=confidence, counted=cell.counted, bounds=METRICS[metric].bounds))
 
 
 def coefficient_of_variation(results: pd.DataFrame, metric: str = "accuracy", *,
@@ -191,22 +192,16 @@ def coefficient_of_variation(results: pd.DataFrame, metric: str = "accuracy", *,
     seeds' spread holds what chance answers on finitely many items add. The paper's own definition of CV was not at
     hand; this is the usual one.
     """
-    return _lines(results, metric, f"cv_{metric}", lambda cell, _: cv_interval(
-        cell.values.mean(axis=1), confidence=confidence))
+    return _lines(results, metric, f"cv_{metric}", lambda cell: cv_interval(cell.values.mean(axis=1), confidence=confidence))
 
 
-def _lines(results: pd.DataFrame, metric: str, name: str, interval: Callable) -> pd.DataFrame:
+def _lines(results: pd.DataFrame, metric: str, name: str, interval: Callable[[Crossed], Interval]) -> pd.DataFrame:
     lines = []
     for key, cell in cells(results, metric):
-        used = cell.counted
-        line = key | {"metric": name, "estimate": np.nan, "low": np.nan, "high": np.nan,
-                      "n_items": used, "n_seeds": len(cell.seeds)}
-        notes = cell.notes
-        if used:
-            found = interval(cell, used)
-            line |= {"estimate": found.estimate, "low": found.low, "high": found.high}
-            notes = [*notes, found.note]
-        lines.append(line | {"note": "; ".join(filter(None, notes))})
+        found = interval(cell) if cell.counted else Interval(*[np.nan] * 5, "")
+        lines.append(key | {"metric": name, "estimate": found.estimate, "low": found.low, "high": found.high,
+                            "n_items": cell.counted, "n_seeds": len(cell.seeds),
+                            "note": "; ".join(filter(None, [*cell.notes, found.note]))})
     return pd.DataFrame(lines)
 
 
@@ -254,11 +249,10 @@ def macro_f1(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame
     return _over_seeds(results, "macro_f1", score, confidence)
 
 
-def expected_calibration_error(results: pd.DataFrame, *, bins: int = 10,
-                               confidence: float = 0.95) -> pd.DataFrame:
+def expected_calibration_error(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
     """ECE: Σ over bins of share of items · |accuracy - mean probability of the prediction|, per cell.
 
-    Needs the column `prediction_probability`, in [0, 1]; bins are of equal width.
+    Needs the column `prediction_probability`, in [0, 1]; ten bins of equal width.
     """
     require_columns(results, [*CELL_COLUMNS, "seed", "item_id", "correct", "prediction_probability"])
     if not results["prediction_probability"].between(0, 1).all():
@@ -266,7 +260,7 @@ def expected_calibration_error(results: pd.DataFrame, *, bins: int = 10,
 
     def score(rows: pd.DataFrame) -> float:
         sure, right = rows["prediction_probability"].to_numpy(float), rows["correct"].to_numpy(float)
-        place = np.minimum((sure * bins).astype(int), bins - 1)
+        place = np.minimum((sure * 10).astype(int), 9)
         return float(np.abs(np.bincount(place, right - sure)).sum() / len(rows))
 
     return _over_seeds(results, "expected_calibration_error", score, confidence)

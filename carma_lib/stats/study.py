@@ -114,7 +114,7 @@ def predictors(runs: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
     for (task, start), rows in runs.groupby(["task", "start"], observed=True):
         for measure, name in names.items():
             standard = rows.assign(x=(rows[measure] - rows[measure].mean()) / rows[measure].std(ddof=1))
-            fit = clustered_slope(standard, "x", "accuracy", cluster="seed", control="method")
+            fit = clustered_slope(standard, "x", "accuracy", control="method")
             lines.append({"task": task, "start": start, "measure": name, "slope": 100 * fit.slope, "low": 100 * fit.low,
                           "high": 100 * fit.high, "p": fit.p, "spearman": spearmanr(rows[measure], rows["accuracy"]).statistic,
                           "runs": fit.runs, "seeds": fit.clusters})

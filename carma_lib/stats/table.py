@@ -14,8 +14,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from carma_lib.files import whole_file
-
 #: Column → (type, meaning). Text columns are read as categories, because their values repeat.
 RESULT_COLUMNS: dict[str, tuple[str, str]] = {
     "task": ("category", "name of the task, e.g. controlled_inverse_dictionary"),
@@ -47,10 +45,9 @@ METHOD_LABELS = {
     "neftune": "NEFTune", "label_smoothing": "label smoothing",
     "synonym_augmentation": "synonym augmentation", "l2_sp": "L2-SP",
 }
-CONDITIONS = ("clean", "replaced", "pooled")
 #: What identifies a row; two rows that agree in all of these are duplicates.
-KEY_COLUMNS = tuple(name for name in RESULT_COLUMNS if name not in
-                    ("target", "changed", "prediction", "correct", "rank", "log_probability"))
+_KEY = [name for name in RESULT_COLUMNS if name not in
+        ("target", "changed", "prediction", "correct", "rank", "log_probability")]
 _TEXT = [name for name, (kind, _) in RESULT_COLUMNS.items() if kind == "category"]
 
 
@@ -84,48 +81,31 @@ def check_results(frame: pd.DataFrame) -> pd.DataFrame:
     Errors: no rows, a missing column, a missing value (allowed only in `depth_share` of rows that are not
     pooled), an unknown condition, a rank below 1, a type that does not fit, duplicate rows.
     """
-    missing = [name for name in RESULT_COLUMNS if name not in frame.columns]
-    if missing:
+    if missing := [name for name in RESULT_COLUMNS if name not in frame]:
         raise ResultsError(f"result table lacks the columns {missing}; see carma_lib.stats.table.RESULT_COLUMNS")
     if frame.empty:
         raise ResultsError("result table has no rows; evaluate at least one method first")
-    unpooled = frame["condition"].astype(str) != "pooled"
-    for name in RESULT_COLUMNS:
-        holes = frame[name].isna()
-        if name == "depth_share":
-            holes = holes & ~unpooled
+    typed, pooled = frame.copy(deep=False), frame["condition"].astype(str) == "pooled"
+    for name, (kind, _) in RESULT_COLUMNS.items():
+        holes = frame[name].isna() & (pooled | (name != "depth_share"))
         if holes.any():
             raise ResultsError(f"result table: {int(holes.sum())} missing values in {name!r}, first in row "
                                f"{holes.to_numpy().argmax()}; evaluate those items again or drop the rows")
-    typed = frame.copy(deep=False)
-    for name, (kind, _) in RESULT_COLUMNS.items():
         try:
             typed[name] = frame[name].astype(kind)
         except (TypeError, ValueError) as error:
             raise ResultsError(f"result table: column {name!r} cannot be read as {kind} ({error})") from error
         if kind in ("bool", "int64") and not (typed[name] == frame[name]).all():
             raise ResultsError(f"result table: column {name!r} holds values that are not of type {kind}")
-    unknown = sorted(set(typed["condition"].unique()) - set(CONDITIONS))
-    if unknown:
-        raise ResultsError(f"result table: unknown conditions {unknown}; known are {list(CONDITIONS)}")
+    if unknown := sorted(set(typed["condition"].unique()) - {"clean", "replaced", "pooled"}):
+        raise ResultsError(f"result table: unknown conditions {unknown}; known are clean, replaced and pooled")
     if (typed["rank"] < 1).any():
         raise ResultsError("result table: a rank below 1; ranks start at 1 for the best answer")
-    twice = typed.duplicated(list(KEY_COLUMNS))
+    twice = typed.duplicated(_KEY).to_numpy()
     if twice.any():
-        first = typed.loc[twice.to_numpy(), list(KEY_COLUMNS)].iloc[0].to_dict()
-        raise ResultsError(f"result table: {int(twice.sum())} duplicate rows, first {first}; "
+        raise ResultsError(f"result table: {twice.sum()} duplicate rows, first {typed.loc[twice, _KEY].iloc[0].to_dict()}; "
                            "read each run once, or drop the older one")
     return typed
-
-
-def write_results(frame: pd.DataFrame, path: str | os.PathLike) -> Path:
-    """Check the frame and write it to a Parquet file, whole or not at all."""
-    frame = check_results(frame)
-    text = {name: frame[name].astype(object) for name in frame.columns
-            if isinstance(frame[name].dtype, pd.CategoricalDtype)}
-    with whole_file(path) as temporary:
-        frame.assign(**text).to_parquet(temporary, index=False, compression="zstd")
-    return Path(path)
 
 
 def at_the_end(results: pd.DataFrame) -> pd.DataFrame:
@@ -149,9 +129,8 @@ def read_results(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> pd.D
         files += found
     tables = []
     for file in dict.fromkeys(file.resolve() for file in files):
-        names = parquet.read_schema(file).names
-        if lacking := [name for name in RESULT_COLUMNS if name not in names]:
-            raise ResultsError(f"{file} is no result table: it lacks the columns {lacking}")
         tables.append(parquet.read_table(file, read_dictionary=_TEXT).replace_schema_metadata(None))
+        if lacking := [name for name in RESULT_COLUMNS if name not in tables[-1].column_names]:
+            raise ResultsError(f"{file} is no result table: it lacks the columns {lacking}")
     table = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
     return check_results(table.to_pandas())
