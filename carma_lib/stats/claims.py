@@ -10,7 +10,7 @@ from carma_lib.stats.curves import still_rising
 from carma_lib.stats.inference import (FEWEST_SEEDS, FILTER_COLUMNS, NotComparable, bootstrap_interval, cv_ratio_test,
                                        effect_size, holm, pair, paired_test, power)
 from carma_lib.stats.intervals import check_confidence
-from carma_lib.stats.metrics import METRICS
+from carma_lib.stats.metrics import METRICS, counted_items
 from carma_lib.stats.table import METHOD_LABELS, select, task_label
 
 KINDS = ("difference", "non-inferiority", "cv ratio")
@@ -19,6 +19,7 @@ QUESTIONS = ("new combinations", "longer texts", "synonyms", "pooling", "spread 
 _NEEDED = ("name", "kind", "metric", "method", "baseline")
 _NUMBERS = ("estimate", "low", "high", "p", "holm_p", "bootstrap_low", "bootstrap_high", "effect_size",
             "method_estimate", "baseline_estimate", "standard_error", "seed_deviation")
+_Question = tuple[str, str, str, dict]  # name, kind, metric and filters of a claim
 
 
 def check_plan(plan: list[dict]) -> None:
@@ -61,22 +62,22 @@ def default_claims(results: pd.DataFrame, *, baseline: str = "fine_tuning", meth
     """
     if unknown := [name for name in questions if name not in QUESTIONS]:
         raise ValueError(f"unknown questions {unknown}; known are {list(QUESTIONS)}")
-    trained = set(results.loc[results["budget"] > 0, "method"].astype(str))
-    present = sorted(trained, key=lambda name: ([*METHOD_LABELS, name].index(name), name))
-    baseline = baseline if baseline in trained or not present else present[0]
+    trained = results[results["budget"] > 0]
+    present = sorted(trained["method"].astype(str).unique(), key=lambda name: ([*METHOD_LABELS, name].index(name), name))
+    baseline = baseline if baseline in present or not present else present[0]
     others = [name for name in (methods or present) if name != baseline]
     names = {model: model.rpartition("/")[2] for model in map(str, results["model"].unique())}
     if len(set(names.values())) < len(names):
         names = {model: model for model in names}
-    plan = []
+    several, plan = len(names) > 1, []
     for task, model in results[["task", "model"]].astype(str).drop_duplicates().itertuples(index=False):
-        rows = results[(results["task"] == task) & (results["model"] == model) & (results["budget"] > 0)]
-        if rows.empty:
-            continue
-        here = [name for name in others if methods or name in set(rows["method"].astype(str))]
-        where = {"task": task, **({"model": model} if len(names) > 1 else {})}
-        label = (f"{names[model]}, " if len(names) > 1 else "") + task_label(task)
-        for method in here if baseline in set(rows["method"].astype(str)) else ():
+        rows = trained[(trained["task"] == task) & (trained["model"] == model)]
+        here = set(rows["method"].astype(str))
+        where = {"task": task, **({"model": model} if several else {})}
+        label = f"{names[model]}, {task_label(task)}" if several else task_label(task)
+        for method in others if baseline in here else ():
+            if not methods and method not in here:
+                continue
             who = f"{METHOD_LABELS.get(method, method)}, " if len(others) > 1 else ""
             plan += [{"name": f"{label}: {who}{name}", "kind": kind, "metric": metric, **where, "method": method,
                       "baseline": baseline, **more} for name, kind, metric, more in _asked(rows, questions, margin)]
@@ -92,28 +93,29 @@ def claims_for(claims: Iterable[dict], tasks: Iterable[str], **where: Any) -> li
              "task": task, **where} for task in tasks for claim in claims]
 
 
-def _asked(rows: pd.DataFrame, questions: Sequence[str], margin: float) -> list[tuple[str, str, str, dict]]:
-    """(name, kind, metric, filters) of each question that the rows of one task and model can answer."""
+def _asked(rows: pd.DataFrame, questions: Sequence[str], margin: float) -> list[_Question]:
+    """The questions that the rows of one task and model can answer."""
     splits = list(rows["split"].astype(str).unique())
     seen, held_out, longer = (f"test_{name}" if f"test_{name}" in splits else "test" if "test" in splits else splits[0]
                               for name in ("seen", "held_out", "longer"))
-    rates = sorted(rows.loc[rows["condition"] == "replaced", "rate"].unique())
-    pooled = rows[(rows["condition"] == "pooled") & (rows["protocol"] == "mean") & (rows["level"] == "word")]
-    share = min(sorted(pooled["depth_share"].unique()), key=lambda value: abs(value - 0.5), default=None)
-    asked = {
-        "new combinations": ("difference", "accuracy", {"split": held_out, "condition": "clean"}),
-        "longer texts": ("difference", "accuracy", {"split": longer, "condition": "clean"}),
-        "synonyms": ("difference", "consist_syn", {"split": seen, "condition": "replaced",
-                     "rate": 0.25 if 0.25 in rates else float(rates[0])} if rates else None),
-        "pooling": ("difference", "accuracy_kept", None if share is None else {
-            "split": seen, "condition": "pooled", "depth_share": float(share), "protocol": "mean", "level": "word"}),
-        "spread across seeds": ("cv ratio", "accuracy", {"split": held_out, "condition": "clean"}),
-        "performance preserved": ("non-inferiority", "accuracy",
-                                  {"split": seen, "condition": "clean", "margin": margin})}
-    if longer != "test_longer":
-        del asked["longer texts"]
-    called = {"new combinations": "new combinations" if held_out == "test_held_out" else "accuracy"}
-    return [(called.get(name, name), *asked[name]) for name in questions if name in asked and asked[name][2]]
+    clean = {"condition": "clean"}
+    asked: dict[str, _Question] = {
+        "new combinations": ("new combinations" if held_out == "test_held_out" else "accuracy", "difference", "accuracy",
+                             {"split": held_out, **clean}),
+        "spread across seeds": ("spread across seeds", "cv ratio", "accuracy", {"split": held_out, **clean}),
+        "performance preserved": ("performance preserved", "non-inferiority", "accuracy",
+                                  {"split": seen, **clean, "margin": margin})}
+    if longer == "test_longer":
+        asked["longer texts"] = ("longer texts", "difference", "accuracy", {"split": longer, **clean})
+    if rates := sorted(rows.loc[rows["condition"] == "replaced", "rate"].unique()):
+        asked["synonyms"] = ("synonyms", "difference", "consist_syn", {
+            "split": seen, "condition": "replaced", "rate": 0.25 if 0.25 in rates else float(rates[0])})
+    pooled = select(rows, condition="pooled", protocol="mean", level="word")["depth_share"].unique()
+    if len(pooled):
+        asked["pooling"] = ("pooling", "difference", "accuracy_kept", {
+            "split": seen, "condition": "pooled", "depth_share": float(min(sorted(pooled), key=lambda share: abs(share - 0.5))),
+            "protocol": "mean", "level": "word"})
+    return [asked[name] for name in questions if name in asked]
 
 
 def primary_comparisons(results: pd.DataFrame, plan: list[dict], *, curves: pd.DataFrame | None = None,
@@ -147,30 +149,32 @@ def primary_comparisons(results: pd.DataFrame, plan: list[dict], *, curves: pd.D
     return table[[*first, *(name for name in table if name not in first)]]
 
 
-def comparisons_so_far(results: pd.DataFrame | None, plan: list[dict], **options: Any) -> pd.DataFrame:
+def comparisons_so_far(results: pd.DataFrame | None, plan: list[dict]) -> pd.DataFrame:
     """`primary_comparisons` of a study that is not whole yet; results: None if nothing is answered.
 
     A claim for which one of its methods has no answer yet comes last, with the outcome 'not tested' and the verdict
     'not yet measured'; Holm's correction runs over the others.
     """
     check_plan(plan)
-    ready = [claim for claim in plan if results is not None and all(len(select(results, method=claim[side], **{
-        name: claim[name] for name in FILTER_COLUMNS if name in claim})) for side in ("method", "baseline"))]
-    missing = [{**claim, "n_seeds": 0, "outcome": "not tested", "verdict": "not yet measured"}
-               for claim in plan if claim not in ready]
-    parts = [primary_comparisons(results, ready, **options)] if ready else []
-    return pd.concat([*parts, *([pd.DataFrame(missing)] if missing else [])], ignore_index=True)
+    ready = [claim for claim in plan if results is not None and all(
+        len(select(results, method=claim[side], **_filters(claim))) for side in ("method", "baseline"))]
+    missing = pd.DataFrame([{**claim, "n_seeds": 0, "outcome": "not tested", "verdict": "not yet measured"}
+                            for claim in plan if claim not in ready])
+    parts = [*([primary_comparisons(results, ready)] if ready else []), *([missing] if len(missing) else [])]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _filters(claim: dict) -> dict:
+    return {name: claim[name] for name in FILTER_COLUMNS if name in claim}
 
 
 def _compare(results: pd.DataFrame, claim: dict, curves: pd.DataFrame | None, confidence: float) -> dict:
     line = {**claim, "margin": claim.get("margin", np.nan), **dict.fromkeys(_NUMBERS, np.nan), "n_items": 0,
             "n_seeds": 0, "steps": 0, "curve": "", "note": ""}
-    where = {name: claim[name] for name in FILTER_COLUMNS if name in claim}
     try:
-        first, second, notes = pair(results, claim["metric"], claim["method"], claim["baseline"], where)
-        counted = (first.denominator > 0) | (second.denominator > 0)
-        line |= {"n_items": int(counted.any(axis=0).sum()), "n_seeds": len(first.seeds),
-                 "steps": int(first.key["budget"]), "curve": _curve_verdict(curves, first.key, second.key)}
+        first, second, notes = pair(results, claim["metric"], claim["method"], claim["baseline"], _filters(claim))
+        line |= {"n_items": counted_items(first, second), "n_seeds": len(first.seeds), "steps": int(first.key["budget"]),
+                 "curve": _curve_verdict(curves, first.key, second.key)}
         values = first.values.mean(axis=1), second.values.mean(axis=1)
         if claim["kind"] == "cv ratio":
             found = cv_ratio_test(*values, confidence=confidence)
@@ -198,8 +202,9 @@ def _curve_verdict(curves: pd.DataFrame | None, *keys: dict) -> str:
             rows = rows[rows[name].astype(str) == str(key[name])] if name in rows else rows
         if len(rows):
             said[METHOD_LABELS.get(key["method"], key["method"])] = still_rising(rows)["verdict"].iloc[0]
-    same = len(set(said.values())) == 1
-    return next(iter(said.values())) if same else "; ".join(f"{name}: {verdict}" for name, verdict in said.items())
+    if len(set(said.values())) == 1:
+        return said.popitem()[1]
+    return "; ".join(f"{name}: {verdict}" for name, verdict in said.items())
 
 
 def _outcome(row: dict, alpha: float) -> str:
@@ -207,45 +212,36 @@ def _outcome(row: dict, alpha: float) -> str:
         return "not tested"
     if row["holm_p"] >= alpha:
         return "open"
-    if row["kind"] == "non-inferiority":
-        return "shown"
-    if row["kind"] == "cv ratio":
-        good = row["estimate"] < 1
-    else:
-        good = (row["estimate"] < 0) == METRICS[row["metric"]].lower_is_better
-    return "shown" if good else "the opposite shown"
+    better = {"non-inferiority": True, "cv ratio": row["estimate"] < 1}.get(
+        row["kind"], (row["estimate"] < 0) == METRICS[row["metric"]].lower_is_better)
+    return "shown" if better else "the opposite shown"
 
 
 def _verdict(row: dict) -> str:
     method, baseline = (METHOD_LABELS.get(row[key], row[key]) for key in ("method", "baseline"))
     if row["outcome"] == "not tested":
         few = pd.notna(row["estimate"]) and row["n_seeds"] < FEWEST_SEEDS
-        return f"not tested: {row['n_seeds']} seed{'s' * (row['n_seeds'] > 1)}, a claim needs {FEWEST_SEEDS}" \
-            if few else "not tested"
+        return "not tested" + few * f": {row['n_seeds']} seed{'s' * (row['n_seeds'] > 1)}, a claim needs {FEWEST_SEEDS}"
     if row["kind"] == "non-inferiority":
         bounded = f"{method} is at most {100 * row['margin']:g} points worse than {baseline}"
         return bounded if row["outcome"] == "shown" else f"not shown that {bounded}"
-    spread = row["kind"] == "cv ratio"
+    good, spread = row["outcome"] == "shown", row["kind"] == "cv ratio"
     if row["outcome"] == "open":
-        return "no difference in spread across seeds shown" if spread else "no difference shown"
-    good = row["outcome"] == "shown"
+        return f"no difference{' in spread across seeds' * spread} shown"
     if spread:
         return f"{method} varies {'less' if good else 'more'} across seeds than {baseline}"
     return f"{method} is {'better' if good else 'worse'} than {baseline}"
 
 
-def power_table(comparisons: pd.DataFrame, *, difference: float = 0.02, seeds: Iterable[int] = range(2, 31),
-                alpha: float = 0.05) -> pd.DataFrame:
-    """Power to find a true difference (in shares) by number of seeds: columns name, n_seeds, power.
+def power_table(comparisons: pd.DataFrame, *, difference: float = 0.02) -> pd.DataFrame:
+    """Power to find a true difference (in shares) at 5 % by 2 to 30 seeds: columns name, n_seeds, power.
 
     For each claim but CV ratios, from the spread that the comparisons found: `seed_deviation`, and the rest
-    of `standard_error` as the items' part. Uncorrected alpha: one claim alone.
+    of `standard_error` as the items' part. Uncorrected: one claim alone.
     """
-    rows = comparisons[(comparisons["kind"] != "cv ratio") & (comparisons["seed_deviation"] > 0)]
     lines = []
-    for row in rows.to_dict("records"):
+    for row in comparisons[(comparisons["kind"] != "cv ratio") & (comparisons["seed_deviation"] > 0)].to_dict("records"):
         items = max(row["standard_error"] ** 2 - row["seed_deviation"] ** 2 / row["n_seeds"], 0.0) ** 0.5
-        lines += [{"name": row["name"], "n_seeds": number, "power": power(
-            difference, number, row["seed_deviation"], item_error=items, items=row["n_items"], alpha=alpha)}
-            for number in seeds]
+        lines += [{"name": row["name"], "n_seeds": seeds, "power": power(
+            difference, seeds, row["seed_deviation"], item_error=items, items=row["n_items"])} for seeds in range(2, 31)]
     return pd.DataFrame(lines, columns=["name", "n_seeds", "power"])
