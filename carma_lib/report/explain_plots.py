@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import pairwise
 from pathlib import Path
 from textwrap import shorten
 
@@ -17,7 +17,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from carma_lib.report.style import COLUMN, METHOD_COLOURS, check_one, make_panels, name_lines, styled
+from carma_lib.report.style import COLUMN, METHOD_COLOURS, name_lines, panels_of, styled
 
 CELL = 0.125  # inches of a token in a map, so that its name in 7 pt fits
 ROLES = ("no part", "a negative that was not drawn", "a drawn negative: pushed away", "a positive: pulled together")
@@ -51,11 +51,13 @@ def token_maps(maps: Mapping[str, object], tokens: Sequence[str], words: Sequenc
     """
     height = (0.11 * len(tokens) + 0.75) * len(maps)
     figure, panels = plt.subplots(len(maps), 1, figsize=(COLUMN, height), squeeze=False)
+    edges = [place for place in range(len(words) + 1) if place in (0, len(words)) or words[place] != words[place - 1]]
     for axes, (title, values) in zip(panels.flat, maps.items()):
         sns.heatmap(np.asarray(values), ax=axes, cmap="vlag", vmin=-bound, vmax=bound, square=True,
                     cbar_kws={"label": label, "shrink": 0.8})
-        for first, last in _runs(words):
-            axes.add_patch(Rectangle((first, first), last - first, last - first, fill=False, linewidth=1.2))
+        for first, last in pairwise(edges):
+            if words[first] >= 0 and last - first > 1:
+                axes.add_patch(Rectangle((first, first), last - first, last - first, fill=False, linewidth=1.2))
         _name_tokens(axes, tokens)
         axes.set_title(title)
     return figure
@@ -76,17 +78,17 @@ def token_movement(movement, pull, tokens: Sequence[str]) -> Figure:
 
 
 @styled
-def attention_maps(maps: Mapping[str, tuple[object, Sequence[str]]], *, most: float = 0.3) -> Figure:
+def attention_maps(maps: Mapping[str, tuple[object, Sequence[str]]]) -> Figure:
     """Attention weights with the names of their positions, a panel a title: a row reads, a column is read.
 
-    Names go beside the rows with their numbers; the columns have the numbers. Darker is more, up to `most`.
+    Names go beside the rows with their numbers; the columns have the numbers. Darker is more, up to 0.3.
     """
     heights = [CELL * len(names) + 0.2 for _, names in maps.values()]
     figure, panels = plt.subplots(len(maps), 1, figsize=(COLUMN, sum(heights) + 0.5 * len(maps) + 0.4), squeeze=False,
                                   height_ratios=heights)
     for axes, (title, (weights, names)) in zip(panels.flat, maps.items()):
         beside = [f"{shorten(name, 21, placeholder='…')}  {place}" for place, name in enumerate(names, 1)]
-        sns.heatmap(np.asarray(weights), ax=axes, cmap="Blues", vmin=0, vmax=most, linewidths=0.3, linecolor="#eeeeee",
+        sns.heatmap(np.asarray(weights), ax=axes, cmap="Blues", vmin=0, vmax=0.3, linewidths=0.3, linecolor="#eeeeee",
                     cbar=False, yticklabels=beside)
         step = 1 + len(names) // 7
         axes.set_xticks(np.arange(0, len(names), step) + 0.5, range(1, len(names) + 1, step), rotation=0)
@@ -125,18 +127,16 @@ def answer_by_start_layer(curves: pd.DataFrame, *, clean: float) -> Figure:
 
     `curves`: columns level, start_layer, protocol, log_probability; `clean`: the same without pooling.
     """
-    check_one(curves, [], "answer_by_start_layer")
-    levels = list(dict.fromkeys(curves["level"]))
-    figure, panels = make_panels([f"{level}s pooled" for level in levels], height=1.9)
-    for axes, level in zip(panels, levels):
+    figure, panels = panels_of(curves.assign(level=curves["level"] + "s pooled"), "level")
+    for axes, of_level in panels:
         axes.axhline(clean, color="#444444", linestyle="--", label="not pooled")
-        for protocol, rows in curves[curves["level"] == level].groupby("protocol", sort=False):
+        for protocol, rows in of_level.groupby("protocol", sort=False):
             colour, marker = PROTOCOL_LOOKS[protocol]
             axes.plot(rows["start_layer"], rows["log_probability"], marker=marker, markersize=4.5, color=colour,
                       label=protocol)
         axes.set(xlabel="pooled from this block on", xticks=sorted(curves["start_layer"].unique()))
-    panels[0].set_ylabel("log-probability\nof the right answer")
-    name_lines(figure, panels)
+    figure.axes[0].set_ylabel("log-probability\nof the right answer")
+    name_lines(figure)
     return figure
 
 
@@ -145,13 +145,13 @@ def read_step_costs(folder: str | os.PathLike) -> pd.DataFrame:
 
     Raises `FileNotFoundError` if the folder holds no `step_*.json`.
     """
-    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("step_*.json"))}
-    if not found:
-        raise FileNotFoundError(f"no step_*.json in {folder}: python benchmarks/step.py measures them")
     tables = []
-    for report in found.values():
+    for path in sorted(Path(folder).glob("step_*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
         where = report["device_name"] if report["device"] == "cuda" else f"CPU, {report['threads']} threads"
         tables.append(pd.DataFrame(report["results"]).assign(device=f"{where}, {report['precision']}"))
+    if not tables:
+        raise FileNotFoundError(f"no step_*.json in {folder}: python benchmarks/step.py measures them")
     return pd.concat(tables, ignore_index=True)
 
 
@@ -167,30 +167,26 @@ def read_long_costs(folder: str | os.PathLike) -> pd.DataFrame:
 
 
 @styled
-def step_costs(costs: pd.DataFrame, *, method: str = "carma") -> Figure:
-    """Time that a method adds to a step of fine-tuning, in per cent, by rows in a batch; a panel a model and device.
+def step_costs(costs: pd.DataFrame) -> Figure:
+    """Time that CARMA adds to a step of fine-tuning, in per cent, by rows in a batch; a panel a model and device.
 
     `costs` from `read_step_costs`; bars are its 95 % intervals over rounds. All panels have one axis.
     """
-    shown = costs[costs["method"] == method]
-    check_one(shown, [], "step_costs")
-    places = list(dict.fromkeys(zip(shown["model"], shown["device"])))
-    figure, panels = make_panels([f"{model}:\n{device}" for model, device in places], height=2.0)
+    shown = costs[costs["method"] == "carma"]
+    figure, panels = panels_of(shown.assign(place=shown["model"] + ":\n" + shown["device"]), "place", height=2.0)
     looks = dict(zip(dict.fromkeys(shown["text"]), zip(("#0173b2", "#de8f05", "#029e73"), "os^")))
     sizes = sorted(shown["batch"].unique())
-    for axes, (model, device) in zip(panels, places):
+    for axes, here in panels:
         axes.axhline(0, color="black", linewidth=0.8)
-        here = shown[(shown["model"] == model) & (shown["device"] == device)]
         for shift, (text, rows) in zip((-0.1, 0, 0.1), here.sort_values("batch").groupby("text", sort=False)):
             spread = np.abs(rows[["ratio_low", "ratio_high"]].to_numpy().T - rows["ratio"].to_numpy())
             colour, marker = looks[text]
-            places_of = [sizes.index(size) + shift for size in rows["batch"]]
-            axes.errorbar(places_of, 100 * (rows["ratio"] - 1), yerr=100 * spread, color=colour, marker=marker,
-                          markersize=4.5, capsize=2, elinewidth=1, label=TEXTS.get(text, text))
+            axes.errorbar([sizes.index(size) + shift for size in rows["batch"]], 100 * (rows["ratio"] - 1), yerr=100 * spread,
+                          color=colour, marker=marker, markersize=4.5, capsize=2, elinewidth=1, label=TEXTS.get(text, text))
         axes.set_xticks(range(len(sizes)), sizes)
         axes.set_xlabel("rows in a batch")
-    panels[0].set_ylabel("time added to a step, %")
-    name_lines(figure, panels, most=0)
+    figure.axes[0].set_ylabel("time added to a step, %")
+    name_lines(figure, most=0)
     return figure
 
 
@@ -200,13 +196,3 @@ def _name_tokens(axes: Axes, tokens: Sequence[str], *, rows: bool = True) -> Non
     if rows:
         axes.set_yticks(places, names, rotation=0)
     axes.tick_params(length=0, labelsize=7)
-
-
-def _runs(words: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, last + 1) of the words of two or more tokens."""
-    found, place = [], 0
-    for word, run in groupby(int(word) for word in words):
-        length = len(list(run))
-        found += [(place, place + length)] if word >= 0 and length > 1 else []
-        place += length
-    return found

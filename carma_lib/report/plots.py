@@ -15,11 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from carma_lib.report.style import (METHOD_COLOURS, METHOD_MARKERS, PAGE, check_one, make_panels, method_order,
-                                    name_lines, save_figure, seed_lines, styled)
-from carma_lib.stats.table import METHOD_LABELS
-
-__all__ = ["accuracy_by_method", "by_method", "consist_syn_by_rate", "cv_by_method", "drift_by_layer", "forest_plot",
-           "learning_curves", "pooling_by_depth", "save_figure", "text_lengths"]
+                                    name_lines, panels_of, save_figure, seed_lines, styled)  # noqa: F401
+from carma_lib.stats.table import METHOD_LABELS, select
 
 
 def _error_bar(axes: Axes, x, rows: pd.DataFrame, method: str, line: str = "none") -> None:
@@ -40,12 +37,9 @@ def text_lengths(lengths: pd.DataFrame) -> Figure:
 
     `lengths`: columns task, split and words, a row a text. Whiskers reach 1.5 box lengths; texts beyond are dots.
     """
-    check_one(lengths, [], "text_lengths")
-    tasks = list(dict.fromkeys(lengths["task"]))
     most = lengths.groupby("task")["split"].nunique().max()
-    figure, panels = make_panels(tasks, height=0.55 + 0.2 * most, sharey=False)
-    for axes, task in zip(panels, tasks):
-        rows = lengths[lengths["task"] == task]
+    figure, panels = panels_of(lengths, "task", height=0.55 + 0.2 * most, sharey=False)
+    for axes, rows in panels:
         splits = list(dict.fromkeys(rows["split"]))
         sns.boxplot(rows, x="words", y="split", order=splits, orient="h", ax=axes, color="#9ecae1", width=0.6,
                     fliersize=1.5, linewidth=0.8)
@@ -76,7 +70,7 @@ def learning_curves(history: pd.DataFrame) -> Figure:
         axes.set_xlabel("training step")
     if shown[-1] == "validation_accuracy":
         panels[-1].yaxis.set_major_formatter(PercentFormatter(1))
-    name_lines(figure, panels)
+    name_lines(figure)
     return figure
 
 
@@ -91,18 +85,17 @@ def by_method(estimates: pd.DataFrame, values: pd.DataFrame | None = None, *, la
     check_one(estimates, ["task", "model", "condition", "rate", "source", "start_layer", "protocol"], "by_method")
     if estimates.duplicated(["split", "method"]).any():
         raise ValueError("by_method shows one row a split and method; filter budget, start and level")
-    splits, methods = list(dict.fromkeys(estimates["split"])), method_order(estimates["method"])
+    methods = method_order(estimates["method"])
     methods = [method for method in methods if method != "untuned"] or methods
     upright = 0.055 * max(len(METHOD_LABELS[method]) for method in methods) if len(methods) > 2 else 0.0
-    figure, panels = make_panels(splits, height=1.9 + upright)
-    for axes, split in zip(panels, splits):
-        here = estimates[estimates["split"] == split]
+    figure, panels = panels_of(estimates, "split", height=1.9 + upright)
+    for axes, here in panels:
         for place, method in enumerate(methods):
+            rows = here[here["method"] == method]
             if values is not None:
-                dots = values.loc[(values["split"] == split) & (values["method"] == method), "value"]
+                dots = select(values, split=here["split"].iloc[0], method=method)["value"]
                 axes.scatter(place + np.linspace(-0.24, -0.12, len(dots)), dots, s=9, linewidths=0, alpha=0.6,
                              color=METHOD_COLOURS[method], zorder=2)
-            rows = here[here["method"] == method]
             _error_bar(axes, np.full(len(rows), place + 0.06), rows, method)
         _say_if_empty(axes, here)
         if "untuned" not in methods and len(left := here.loc[here["method"] == "untuned", "estimate"].dropna()):
@@ -111,7 +104,7 @@ def by_method(estimates: pd.DataFrame, values: pd.DataFrame | None = None, *, la
         axes.set_xticks(range(len(methods)), [METHOD_LABELS[method] for method in methods],
                         rotation=90 if upright else 0)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-    panels[0].set_ylabel(fill(label, 24))
+    figure.axes[0].set_ylabel(fill(label, 24))
     return figure
 
 
@@ -133,13 +126,13 @@ def consist_syn_by_rate(estimates: pd.DataFrame, values: pd.DataFrame) -> Figure
 
 
 @styled
-def pooling_by_depth(estimates: pd.DataFrame, values: pd.DataFrame, *, label: str = "accuracy kept") -> Figure:
-    """A pooling metric against the share of depth where pooling starts, one panel a protocol.
+def pooling_by_depth(estimates: pd.DataFrame, values: pd.DataFrame) -> Figure:
+    """Accuracy kept under pooling against the share of depth where pooling starts, one panel a protocol.
 
-    `estimates` and `values` of 'accuracy_kept' or 'pooling_drop', one split; dots seeds, bars 95 % intervals.
+    `estimates` and `values` of 'accuracy_kept', one split; dots seeds, bars 95 % intervals.
     """
     check_one(estimates, ["split", "level"], "pooling_by_depth")
-    return _by_condition(estimates, values, "depth_share", "protocol", "depth where pooling starts", label)
+    return _by_condition(estimates, values, "depth_share", "protocol", "depth where pooling starts", "accuracy kept")
 
 
 def _by_condition(estimates: pd.DataFrame, values: pd.DataFrame, x: str, panel: str, x_label: str,
@@ -147,25 +140,24 @@ def _by_condition(estimates: pd.DataFrame, values: pd.DataFrame, x: str, panel: 
     check_one(estimates, ["task", "model", "source"], f"the figure of {label}")
     if estimates.duplicated([panel, "method", x]).any():
         raise ValueError(f"the figure of {label} shows one row a {panel}, method and {x}; filter the rest")
-    names, methods = list(dict.fromkeys(estimates[panel])), method_order(estimates["method"])
-    figure, panels = make_panels(names)
-    grid = np.sort(estimates[x].unique())
+    methods, grid = method_order(estimates["method"]), np.sort(estimates[x].unique())
     step = min(0.03, 0.2 / len(methods)) * (np.ptp(grid) or 1.0)
-    for axes, name in zip(panels, names):
+    figure, panels = panels_of(estimates, panel)
+    for axes, here in panels:
         for place, method in enumerate(methods):
             shift = (place - (len(methods) - 1) / 2) * step
-            dots = values[(values[panel] == name) & (values["method"] == method)]
+            dots = select(values, **{panel: here[panel].iloc[0], "method": method})
             axes.scatter(dots[x] + shift, dots["value"], s=7, linewidths=0, alpha=0.45,
                          color=METHOD_COLOURS[method], zorder=2)
-            rows = estimates[(estimates[panel] == name) & (estimates["method"] == method)].sort_values(x)
+            rows = here[here["method"] == method].sort_values(x)
             if len(rows):
                 _error_bar(axes, rows[x] + shift, rows, method, line="-")
-        _say_if_empty(axes, estimates[estimates[panel] == name])
+        _say_if_empty(axes, here)
         axes.set(xlabel=x_label, xticks=grid)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-    panels[0].set_ylabel(fill(label, 24))
-    name_lines(figure, panels, most=0)
+    figure.axes[0].set_ylabel(fill(label, 24))
+    name_lines(figure, most=0)
     return figure
 
 
@@ -177,10 +169,8 @@ def forest_plot(comparisons: pd.DataFrame) -> Figure:
     filled mark means one thing: the two methods differ, p below 0.05 after Holm's correction. A claim of
     non-inferiority has an open mark, a short black line at minus its margin, and its outcome in words beside its name.
     """
-    check_one(comparisons, [], "forest_plot")
     known = comparisons.dropna(subset=["estimate"])
-    ratio = known["kind"] == "cv ratio"
-    parts = [(rows, is_ratio) for is_ratio, rows in known.groupby(ratio)]
+    parts = [(rows, is_ratio) for is_ratio, rows in known.groupby(known["kind"] == "cv ratio")]
     if not parts:
         raise ValueError("forest_plot: no claim of the table could be estimated; its notes say why")
     height = 0.95 * len(parts) + 0.4 * len(known)
@@ -220,15 +210,15 @@ def _forest(axes: Axes, rows: pd.DataFrame, scale: float) -> None:
 
 
 @styled
-def drift_by_layer(drift: pd.DataFrame, *, label: str = "distance from the start") -> Figure:
+def drift_by_layer(drift: pd.DataFrame) -> Figure:
     """Distance of hidden states from the starting model by layer: thin lines seeds, thick line their mean.
 
     `drift`: columns method, seed, layer, value. No interval is drawn.
     """
     check_one(drift, ["task", "split", "model"], "drift_by_layer")
-    figure, panels = make_panels([""])
-    seed_lines(panels[0], drift, "layer", "value")
-    panels[0].set(xlabel="layer", ylabel=fill(label, 24))
-    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    name_lines(figure, panels)
+    figure, (axes,) = make_panels([""])
+    seed_lines(axes, drift, "layer", "value")
+    axes.set(xlabel="layer", ylabel="distance from the start")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    name_lines(figure)
     return figure

@@ -6,7 +6,6 @@ several, at most two beside each other.
 from __future__ import annotations
 
 import functools
-import io
 import os
 from itertools import cycle
 from pathlib import Path
@@ -47,23 +46,26 @@ def method_order(methods: pd.Series) -> list[str]:
     return [method for method in METHOD_LABELS if method in present]
 
 
-def check_one(table: pd.DataFrame, columns: list[str], figure: str) -> None:
-    """ValueError if a table is empty, or holds several values in a column of which a figure shows one."""
+def check_one(table: pd.DataFrame, columns: Sequence[str], figure: str) -> None:
+    """ValueError if a table holds several values in a column of which a figure shows one."""
     for name in columns:
-        if name in table.columns and table[name].nunique(dropna=False) > 1:
+        if name in table and table[name].nunique(dropna=False) > 1:
             raise ValueError(f"{figure} shows one {name}, not {list(table[name].unique())}; filter the table")
-    if table.empty:
-        raise ValueError(f"{figure}: the table has no rows; check the filter before this call")
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in the one style, and hand the figure over closed, so that a notebook shows it once."""
+    """Draw in the one style, and hand the figure over closed, so that a notebook shows it once.
+
+    ValueError if the first argument is a table without rows.
+    """
     @functools.wraps(draw)
-    def in_style(*arguments, **options) -> Figure:
+    def in_style(data, *arguments, **options) -> Figure:
+        if isinstance(data, pd.DataFrame) and data.empty:
+            raise ValueError(f"{draw.__name__}: the table has no rows; check the filter before this call")
         open_before = plt.get_fignums()
         try:
             with plt.rc_context(_STYLE):
-                return draw(*arguments, **options)
+                return draw(data, *arguments, **options)
         finally:
             for number in set(plt.get_fignums()) - set(open_before):
                 plt.close(number)
@@ -86,6 +88,13 @@ def make_panels(names: Sequence[str], *, height: float = 1.9, across: int = 2, s
     return figure, panels[:len(names)]
 
 
+def panels_of(table: pd.DataFrame, column: str, **options) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """`make_panels` for the values of a column in the table's order: each panel with its rows."""
+    parts = dict(list(table.groupby(column, sort=False, observed=True)))
+    figure, panels = make_panels(list(parts), **options)
+    return figure, list(zip(panels, parts.values()))
+
+
 def seed_lines(axes: Axes, rows: pd.DataFrame, x: str, y: str) -> None:
     """By method: a thin line a seed, and their mean as a thick line with markers."""
     rows = rows.dropna(subset=[y])
@@ -98,13 +107,13 @@ def seed_lines(axes: Axes, rows: pd.DataFrame, x: str, y: str) -> None:
     axes.set(xlabel="", ylabel="")
 
 
-def name_lines(figure: Figure, panels: Sequence[Axes], *, most: int = 4) -> None:
+def name_lines(figure: Figure, *, most: int = 4) -> None:
     """Names of methods: beside the ends of the last panel's lines if they are few, else one legend below all panels."""
     entries: dict[str, object] = {}
-    for axes in panels:
+    for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             entries.setdefault(label, handle)
-    last = panels[-1]
+    last = figure.axes[-1]
     lines = {line.get_label(): line for line in last.lines if line.get_label() in entries}
     if len(lines) < len(entries) or len(entries) > most:
         columns = 2 if figure.get_figwidth() < PAGE else 3
@@ -134,11 +143,8 @@ def save_figure(figure: Figure, folder: str | os.PathLike, name: str, data: pd.D
     """Write name.png (200 dpi), name.svg and name.csv, the data behind it, into `folder`; the PNG's path."""
     folder = Path(folder)
     for kind, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 200})):
-        buffer = io.BytesIO()
-        with plt.rc_context(_STYLE):
-            figure.savefig(buffer, format=kind, **options)
-        with whole_file(folder / f"{name}.{kind}") as temporary:
-            temporary.write_bytes(buffer.getvalue())
+        with whole_file(folder / f"{name}.{kind}") as temporary, plt.rc_context(_STYLE):
+            figure.savefig(temporary, format=kind, **options)
     with whole_file(folder / f"{name}.csv") as temporary:
         data.to_csv(temporary, index=False)
     return folder / f"{name}.png"
