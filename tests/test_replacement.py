@@ -340,6 +340,12 @@ def test_grammar_holds_words(text):
             assert word.form.lower() not in held or word.form in changed
 
 
+@pytest.mark.parametrize("text", ["If I enroll in the plan, tell me.", "She enrolled in the course.", "They relied on him."])
+def test_a_verb_without_an_object_takes_no_verb_that_wants_one(text):
+    verb = tagged_words(text)[next(i for i, word in enumerate(tagged_words(text)) if word.tag[:2] == "VB")].form
+    assert all(f" {verb} " in changed for changed in possible(text))
+
+
 def test_intensifier_is_kept():
     assert all("a super long" in text for text in possible("I waited a super long time."))
     assert all("pretty" in text for text in possible("It is pretty good."))
@@ -435,7 +441,7 @@ def test_cache_equals_no_cache_and_is_used(tmp_path, monkeypatch):
 
 def test_cache_tells_calls_apart(tmp_path):
     calls = [{}, {"rate": 0.3}, {"seed": 2}, {"source": COLOURS}, {"source": {"red": ["crimson"]}},
-             {"forbidden": ["film"] * len(SENTENCES)}, {"spans": [(0, len(text) // 2) for text in SENTENCES]},
+             {"forbidden": ["film"] * len(SENTENCES)},
              {"item_ids": list(range(len(SENTENCES)))},
              {"source": functools.partial(synonym_forms, agreement=0.2)}]
     for number, call in enumerate(calls, start=1):

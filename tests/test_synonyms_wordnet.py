@@ -1,5 +1,6 @@
 """WordNet by three ways, its pairs, and synonyms against a plain restatement of their gate."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from carma_lib.synonyms import reader
 from carma_lib.synonyms.wordnet import (
-    AGREEMENT, FUNCTION_WORDS, RARITY, definition_of, definition_pairs, in_its_own_definition, inflect, is_coarse,
+    AGREEMENT, FUNCTION_WORDS, RARITY, VALENCY, definition_of, definition_pairs, in_its_own_definition, inflect, is_coarse,
     lemmas_of, sense_counts, sense_shares,
     synonym_forms, synonyms, usual_part_of_speech, wordnet)
 
@@ -117,6 +118,13 @@ def dated(entry) -> bool:
                for domain in entry.usage_domains())
 
 
+def plain_objectless(verb: str) -> float:
+    frame = re.compile(r"(Something|Somebody|It is|Something is|Somebody's \(body part\)) \S+"
+                       r"( PP| Adjective\S*| (to|on|at|for|out of) (somebody|something))?")
+    return sum(share for name, share in plain_shares(verb, "v").items() for lemma in wordnet().synset(name).lemmas()
+               if lemma.name() == verb and any(map(frame.fullmatch, lemma.frame_strings())))
+
+
 def plain_synonyms(word: str, letter: str) -> set[str]:
     """The gate of `synonyms` once more, from NLTK's own counts."""
     found = set()
@@ -140,6 +148,8 @@ def plain_synonyms(word: str, letter: str) -> set[str]:
                 continue
             share, other_share = share + own[name], other_share + other[name]
             uses, other_uses = uses + one.count(), other_uses + two.count()
+        if letter == "v" and plain_objectless(word) - plain_objectless(candidate) > VALENCY:
+            continue
         plain = candidate.isalpha() and candidate.islower() and len(candidate) > 2
         alike = candidate.startswith(word[:4]) or word.startswith(candidate[:4])
         if (plain and not alike and candidate not in FUNCTION_WORDS and share * other_share >= AGREEMENT
@@ -151,7 +161,7 @@ def plain_synonyms(word: str, letter: str) -> set[str]:
 @pytest.mark.parametrize("word, letter", [
     ("film", "n"), ("movie", "n"), ("story", "n"), ("act", "v"), ("move", "v"), ("buy", "v"), ("begin", "v"),
     ("big", "a"), ("huge", "a"), ("funny", "a"), ("often", "r"), ("usually", "r"), ("child", "n"),
-    ("help", "v"),
+    ("help", "v"), ("enroll", "v"), ("rely", "v"), ("enter", "v"), ("answer", "v"), ("reply", "v"), ("cross", "v"),
     ("wonderful", "a"), ("animal", "n"), ("allow", "v"), ("tragedy", "n"),
     ("rebellion", "n"), ("delivery", "n"), ("government", "n")])
 def test_synonyms_equal_plain_restatement(word, letter):
@@ -163,6 +173,7 @@ def test_gate_keeps_sense_and_drops_nonsense():
     assert "purchase" in synonyms("buy", "v")
     assert "immense" in synonyms("huge", "a"), "satellite adjectives count as adjectives"
     assert "move" not in synonyms("act", "v")
+    assert "recruit" not in synonyms("enroll", "v") and "trust" not in synonyms("rely", "v"), "verbs that want an object"
     assert "minor" not in synonyms("kid", "n"), "a rare word for a common one"
     assert "theatre" not in synonyms("theater", "n"), "another spelling"
     assert "uprising" in synonyms("rebellion", "n") and "workout" in synonyms("exercise", "n")

@@ -71,8 +71,8 @@ def candidates(form: str, tag: str) -> tuple[Candidate, ...]:
             written, uses = inflect(name, tag), sum(tagged_uses(name, letter).values())
             if not written or written == form or is_coarse(written) or (own_uses and not uses):
                 continue
-            share = sum(sense_shares(name, letter)[theirs] for theirs in {theirs for _, theirs in pairs})
-            own_share = sum(own[mine] for mine in {mine for mine, _ in pairs})
+            share = sum(sense_shares(name, letter)[theirs] for theirs in dict.fromkeys(theirs for _, theirs in pairs))
+            own_share = sum(own[mine] for mine in dict.fromkeys(mine for mine, _ in pairs))
             worth = ((own_share + 0.02) * math.sqrt(share + 0.02) * math.log(2 + uses)
                      * (0.4 if beside else 1))
             if worth > found.get(written, (0,))[0]:

@@ -14,7 +14,7 @@ import math
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterable, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from carma_lib.files import fingerprint
 from carma_lib.synonyms import ranking
@@ -26,8 +26,7 @@ from carma_lib.synonyms.tagging import TOKEN, Word, entry_of, fixed_words, is_co
 if TYPE_CHECKING:
     from datasets import Dataset
 
-RULES = 4  # part of every cache key: raise it with any change of what is replaced by what
-
+RULES = 5  # part of every cache key: raise it with any change of what is replaced by what
 NOISE = 0.5  # how far a seed may move the log-odds of ranked candidates
 LEAST = 0.75  # log-odds below which a ranked candidate is never used
 
@@ -35,7 +34,6 @@ Source = str | Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
 """Where candidates come from: "wordnet" (gated, without context), "ranked" (WordNet's, chosen in context by a language
 model), a dict lower-case form → forms, or a function (form, Penn tag) → forms."""
 
-Score = Callable[[list[str]], Sequence[float]]
 
 class Change(NamedTuple):
     """Characters [start, end) of the original text, what stood there and what stands there now."""
@@ -45,12 +43,7 @@ class Change(NamedTuple):
     after: str
 
 
-class _TextAndChanges(NamedTuple):
-    text: str
-    changes: tuple[Change, ...]
-
-
-class Replacement(_TextAndChanges):
+class Replacement(NamedTuple("Replacement", [("text", str), ("changes", tuple[Change, ...])])):
     """A named tuple (text, changes): the changed text, and its changes in order of place.
 
     A changed article (a, an) is a change of its own. Besides: `requested`, how many words the rate asked for,
@@ -84,49 +77,52 @@ def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int]
     Raises ValueError for a rate outside [0, 1] or a span outside the text.
     """
     _check_rate(rate)
-    span = _check_span(text, span)
-    item = text if item_id is None else str(item_id)
-    source = _checked(source)
-    refused = _families([forbidden] if isinstance(forbidden, str) else forbidden)
-    words = tagged_words(text)
-    inside = [i for i, word in enumerate(words) if span[0] <= word.start and word.end <= span[1]]
-    content = [i for i in inside if is_content(words[i]) or _listed(words[i], source)]
+    begin, end = (0, len(text)) if span is None else span
+    if not 0 <= begin <= end <= len(text):
+        raise ValueError(f"span {tuple(span)} lies outside the text of {len(text)} characters")
+    item, source, words = text if item_id is None else str(item_id), _checked(source), tagged_words(text)
+    content = [i for i, word in enumerate(words) if begin <= word.start and word.end <= end
+               and (is_content(word) or isinstance(source, _Dictionary) and source.lists(word))]
     requested = int(rate * len(content) + 0.5)
-
+    refused = _families([forbidden] if isinstance(forbidden, str) else forbidden)
     ranked = source.of(text) if isinstance(source, _Ranking) else None
-    fixed = frozenset() if isinstance(source, Mapping) or ranked is not None else fixed_words(words)
-    replacements, orders = {}, {}
+    fixed = frozenset() if isinstance(source, (_Dictionary, _Ranking)) else fixed_words(words)
+
+    choices = {}  # place of a word → what orders it, and its replacement
     for i in content:
-        article = article_before(text, words, i)
-        scores = {form: score + NOISE * _noise(seed, item, [words[i].form.lower(), form])
-                  for form, score in (ranked or {}).get(i, ()) if score >= LEAST}
-        candidates = [] if i in fixed else _candidates(words[i], scores if ranked is not None else source, refused)
-        if article and article.start < span[0]:  # it cannot be put right
-            candidates = [form for form in candidates if indefinite_article(form) == article.form.lower()]
-        if candidates and ranked is not None:
-            replacements[i] = max(candidates, key=scores.__getitem__)
-            orders[i] = -scores[replacements[i]]
-        elif candidates:
-            replacements[i] = candidates[_draw(seed, item, words[i].form.lower()) % len(candidates)]
-            orders[i] = _draw(seed, item, words[i].start)
-    chosen = sorted(replacements, key=lambda i: (orders[i], i))[:requested]
+        word, article = words[i], article_before(text, words, i)
+        if ranked is not None:
+            scores = {form: score + NOISE * _gumbel(seed, item, [word.form.lower(), form])
+                      for form, score in ranked.get(i, ()) if score >= LEAST}
+            found = _candidates(word, lambda form, tag: list(scores), refused)
+        else:
+            found = [] if i in fixed else _candidates(word, source, refused)
+        if article and article.start < begin:  # it cannot be put right
+            found = [form for form in found if indefinite_article(form) == article.form.lower()]
+        if found and ranked is not None:
+            best = max(found, key=scores.__getitem__)
+            choices[i] = -scores[best], best
+        elif found:
+            choices[i] = _draw(seed, item, word.start), found[_draw(seed, item, word.form.lower()) % len(found)]
 
     changes = []
-    for i in sorted(chosen):
-        article, after = article_before(text, words, i), replacements[i]
+    for i in sorted(sorted(choices, key=lambda i: (choices[i][0], i))[:requested]):
+        article, after = article_before(text, words, i), choices[i][1]
         if article and article.form.lower() != indefinite_article(after):
             changes.append(_change(article, indefinite_article(after)))
         changes.append(_change(words[i], after))
-    return Replacement(_apply(text, changes), changes, requested)
+    changed = text
+    for change in reversed(changes):
+        changed = changed[:change.start] + change.after + changed[change.end:]
+    return Replacement(changed, changes, requested)
 
 
 def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Sequence[str] | None = None,
-                spans: Sequence[tuple[int, int] | None] | None = None,
                 forbidden: Sequence[str | Sequence[str]] | None = None, source: Source = "wordnet",
                 cache_dir: str | Path | None = None) -> list[Replacement]:
     """`replace_synonyms` of every text, with a progress bar after two seconds and an optional cache on disk.
 
-    item_ids, spans, forbidden: one an item, in the order of texts; None as for `replace_synonyms`.
+    item_ids, forbidden: one an item, in the order of texts; None as for `replace_synonyms`.
     cache_dir: folder of results, found again by the content of all arguments, the rules and the versions of
         the dictionaries; a damaged file is made again. None: no cache.
 
@@ -138,22 +134,20 @@ def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Seque
     _check_rate(rate)
     if isinstance(texts, str):
         raise TypeError("texts must be a list of texts; use replace_synonyms for a single one")
-    empty = [None] * len(texts)
     source = _checked(source)
-    columns = [list(empty if column is None else column) for column in (texts, item_ids, spans, forbidden)]
+    columns = [[None] * len(texts) if column is None else list(column) for column in (texts, item_ids, forbidden)]
     if len({len(column) for column in columns}) > 1:
-        raise ValueError("texts, item_ids, spans and forbidden must be of one length, got "
+        raise ValueError("texts, item_ids and forbidden must be of one length, got "
                          + ", ".join(str(len(column)) for column in columns))
-    path = Path(cache_dir) / f"{_cache_key(columns, rate, seed, source)}.parquet" if cache_dir else None
+    path = Path(cache_dir) / f"{_cache_key(*columns, rate, seed, source)}.parquet" if cache_dir else None
     if path and (cached := read_rows(path)) is not None:
         return [Replacement(row["text"], (Change(**change) for change in row["changes"]), row["requested"])
                 for row in cached]
     if isinstance(source, _Ranking):
         source.known.update(ranking.ranked_candidates(texts, cache_dir=cache_dir))
     replacements = [
-        replace_synonyms(text, rate=rate, seed=seed, span=span, item_id=item, forbidden=words or (),
-                         source=source)
-        for text, item, span, words in tqdm(zip(*columns), total=len(texts), desc="replacing", delay=2)]
+        replace_synonyms(text, rate=rate, seed=seed, item_id=item, forbidden=words or (), source=source)
+        for text, item, words in tqdm(zip(*columns), total=len(texts), desc="replacing", delay=2)]
     if path:
         write_rows(path, [{"text": done.text, "changes": [change._asdict() for change in done.changes],
                            "requested": done.requested} for done in replacements])
@@ -184,25 +178,22 @@ def with_synonym_copies(rows: Dataset, *, source: Source = "wordnet", rate: floa
     return concatenate_datasets([rows, copies.select_columns(rows.column_names)])
 
 
-def worst_replacements(texts: Sequence[str], *, rate: float, seeds: Iterable[int], score: Score,
-                       item_ids: Sequence[str] | None = None,
-                       spans: Sequence[tuple[int, int] | None] | None = None,
-                       forbidden: Sequence[str | Sequence[str]] | None = None, source: Source = "wordnet",
-                       cache_dir: str | Path | None = None) -> list[Replacement]:
+def worst_replacements(texts: Sequence[str], *, seeds: Iterable[int], score: Callable[[list[str]], Sequence[float]],
+                       **options: Any) -> list[Replacement]:
     """An adversary: of each text's replacements under several seeds, the one with the highest loss.
 
     seeds: the k seeds to try; of equal losses the earlier seed wins.
     score: called once a seed with the changed texts, in the order of texts; returns one finite loss a text.
         Batching and the model are the caller's.
-    Everything else: see `replace_all`. Raises ValueError without seeds, or for losses of another number or
-    that are not finite.
+    options: rate and the rest of `replace_all`.
+
+    Raises ValueError without seeds, or for losses of another number or that are not finite.
     """
     import numpy
 
     tries, losses = [], []
     for seed in seeds:
-        tries.append(replace_all(texts, rate=rate, seed=seed, item_ids=item_ids, spans=spans,
-                                 forbidden=forbidden, source=source, cache_dir=cache_dir))
+        tries.append(replace_all(texts, seed=seed, **options))
         losses.append(numpy.asarray(score([done.text for done in tries[-1]]), dtype=float))
         if losses[-1].shape != (len(texts),) or not numpy.isfinite(losses[-1]).all():
             raise ValueError(f"score must return {len(texts)} finite losses, one a text; seed {seed} gave "
@@ -230,23 +221,29 @@ def shift_spans(spans: Sequence[tuple[int, int]], changes: Sequence[Change]) -> 
     return [(shifted(start, False), shifted(end, True)) for start, end in spans]
 
 
-def _cache_key(columns: Sequence[Sequence], rate: float, seed: int, source: Source) -> str:
-    if isinstance(source, Mapping):
-        content = {form: list(source[form]) for form in sorted(source)}
+def _cache_key(texts: list, item_ids: list, forbidden: list, rate: float, seed: int, source: Source) -> str:
+    if isinstance(source, _Dictionary):
+        content = {form: source[form] for form in sorted(source)}
     elif isinstance(source, _Ranking):
         content = [wordnet().get_version(), ranking.SCORER, ranking.RULES, NOISE, LEAST]
     elif source is synonym_forms or getattr(source, "func", None) is synonym_forms:
         content = [wordnet().get_version(), len(sense_counts()), getattr(source, "keywords", {})]
     else:
         raise ValueError("a cache needs the default source or a dict; leave cache_dir out for a function")
-    texts, item_ids, spans, forbidden = columns
     words = [[word] if isinstance(word, str) else sorted(word or ()) for word in forbidden]
     return fingerprint(RULES, version("textblob"), version("lemminflect"), content, float(rate), int(seed),
-                       texts, list(map(str, item_ids)), spans, words)
+                       texts, list(map(str, item_ids)), words)
 
 
 class _Dictionary(dict):
-    """Somebody's own synonyms, checked."""
+    """Somebody's own synonyms, checked, as a source like any other."""
+
+    def __call__(self, form: str, tag: str) -> list[str]:
+        return self.get(form, [])
+
+    def lists(self, word: Word) -> bool:
+        """Whether it has the word, which then counts for the rate; a name it never has."""
+        return entry_of(word.form) in self and not word.tag.startswith("NNP")
 
 
 class _Ranking:
@@ -261,8 +258,8 @@ class _Ranking:
         return self.known[text]
 
 
-def _checked(source: Source) -> Source:
-    if isinstance(source, (_Dictionary, _Ranking)) or callable(source):
+def _checked(source: Source) -> Callable[[str, str], Sequence[str]] | _Ranking:
+    if isinstance(source, _Ranking) or callable(source):
         return source
     if isinstance(source, str):
         if source not in ("wordnet", "ranked"):
@@ -291,32 +288,19 @@ def _check_rate(rate: float) -> None:
         raise ValueError(f"rate must lie in [0, 1] (0.25 for a quarter of the content words), got {rate}")
 
 
-def _check_span(text: str, span: tuple[int, int] | None) -> tuple[int, int]:
-    if span is None:
-        return 0, len(text)
-    if not 0 <= span[0] <= span[1] <= len(text):
-        raise ValueError(f"span {tuple(span)} lies outside the text of {len(text)} characters")
-    return tuple(span)
-
-
 def _draw(seed: int, item: str, what: object) -> int:
     key = json.dumps([int(seed), item, what]).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
 
 
-def _noise(seed: int, item: str, what: object) -> float:
+def _gumbel(seed: int, item: str, what: object) -> float:
     """Standard Gumbel noise from a hash."""
     return -math.log(-math.log((_draw(seed, item, what) + 0.5) / 2**64))
 
 
-def _listed(word: Word, source: Source) -> bool:
-    return isinstance(source, Mapping) and entry_of(word.form) in source and not word.tag.startswith("NNP")
-
-
-def _candidates(word: Word, source: Source, refused: frozenset[str]) -> list[str]:
+def _candidates(word: Word, source: Callable[[str, str], Sequence[str]], refused: frozenset[str]) -> list[str]:
     form = entry_of(word.form)
-    found = source if isinstance(source, dict) and not isinstance(source, _Dictionary) else (
-        source.get(form, ()) if isinstance(source, Mapping) else source(form, word.tag))
+    found = source(form, word.tag)
     if isinstance(found, str):
         raise TypeError(f"the source gave the text {found!r} for {form!r}; it must give a list of words: [{found!r}]")
     return [other for other in found if other.lower() != form and not (refused and refused & _families([other]))]
@@ -329,14 +313,4 @@ def _families(words: Iterable[str]) -> frozenset[str]:
 
 
 def _change(word: Word, after: str) -> Change:
-    if word.form[0].isupper():
-        after = after[0].upper() + after[1:]
-    return Change(word.start, word.end, word.form, after)
-
-
-def _apply(text: str, changes: Sequence[Change]) -> str:
-    pieces, end = [], 0
-    for change in changes:
-        pieces += [text[end:change.start], change.after]
-        end = change.end
-    return "".join(pieces) + text[end:]
+    return Change(word.start, word.end, word.form, after[0].upper() + after[1:] if word.form[0].isupper() else after)

@@ -5,6 +5,7 @@ Tags are those of the Penn Treebank. Heavy libraries are imported when first use
 """
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ CONNECTIVES = re.compile(r"(?:[\s;:,]|\be\.g\.|\bas in(?: the expression)?|\besp
 AGREEMENT = 0.5
 RARITY = 0.1
 USUAL = 0.33
+VALENCY = 0.4
+WITHOUT_OBJECT = frozenset([1, 2, 3, 4, 6, 7, 12, 13, 22, 23, 27, 36, 37, 38, 39])  # sentence frames, "Somebody ----s PP"
 # Words that taggers call nouns, verbs, adjectives or adverbs, but that carry grammar rather than content.
 FUNCTION_WORDS = frozenset(
     "be am is are was were been being have has had having do does did done doing get gets got let lets "
@@ -90,15 +93,13 @@ def definition_of(gloss: str) -> str:
     if gloss.count('"') % 2 and re.match(r'[^"]*\w"', gloss):
         before = gloss.split('"')[0]
         gloss = before.rpartition(";")[0] or before
-    depth, opened = 0, False
-    for place, letter in enumerate(gloss):
+    depth, marks, kept = 0, itertools.cycle("`'"), []
+    for letter in gloss:
         depth += (letter == "(") - (letter == ")")
         if letter == '"' and depth == 0:
-            gloss = gloss[:place]
             break
-        if letter == '"':
-            gloss, opened = f"{gloss[:place]}{chr(39) if opened else '`'}{gloss[place + 1:]}", not opened
-    gloss = re.sub(r"\s+", " ", re.sub(r"(?<=\()\s+|\s+(?=\))", "", gloss))
+        kept.append(next(marks) if letter == '"' else letter)
+    gloss = re.sub(r"\s+", " ", re.sub(r"(?<=\()\s+|\s+(?=\))", "", "".join(kept)))
     return CONNECTIVES.sub("", gloss).strip()
 
 
@@ -170,26 +171,37 @@ def synonyms(word: str, part_of_speech: str, agreement: float = AGREEMENT) -> tu
         n(c) ≥ max(1, RARITY · n(word)),
 
     so neither word is likely to be read in another sense ("move" is no synonym of "act", though they share
-    one) and no common word becomes a rare one. Besides, it must fit grammatically (`_fits`), be used as this
-    part of speech, be neither coarse (`is_coarse`) nor dated, and be another word rather than an abbreviation, a
-    spelling or a derivation: candidates of one or two letters, and words that begin with the same four letters, are
-    left out. Best first. Source: own decision; the published code takes WordNet's lemmas without a gate.
+    one) and no common word becomes a rare one. Besides, it must fit grammatically (`_fits`; of verbs, `objectless` of
+    the candidate is at most VALENCY lower), be used as this part of speech, be neither coarse (`is_coarse`) nor dated,
+    and be another word rather than an abbreviation, a spelling or a derivation: candidates of one or two letters, and
+    words that begin with the same four letters, are left out. Best first. Source: own decision; the published code
+    takes WordNet's lemmas without a gate.
     """
-    own, shared = sense_shares(word, part_of_speech), {}
+    own, shared, agreeing = sense_shares(word, part_of_speech), {}, {}
     for name in own:
         lemmas = {lemma.name(): lemma for lemma in wordnet().synset(name).lemmas()}
         for candidate in lemmas:
             if _is_other_word(candidate, word) and _fits(lemmas[candidate], lemmas[word]):
                 shared.setdefault(candidate, []).append(name)
-    agreeing = {}
     for candidate, names in shared.items():
         other = sense_shares(candidate, part_of_speech)
-        uses, other_uses = (sum(tagged_uses(lemma, part_of_speech)[name] for name in names)
-                            for lemma in (word, candidate))
-        if other_uses >= max(1, RARITY * uses) and usual_part_of_speech(candidate, part_of_speech):
-            agreeing[candidate] = sum(own[name] for name in names) * sum(other[name] for name in names)
-    kept = [candidate for candidate in agreeing if agreeing[candidate] >= agreement]
-    return tuple(sorted(kept, key=lambda candidate: (-agreeing[candidate], candidate)))
+        uses, other_uses = (sum(tagged_uses(lemma, part_of_speech)[name] for name in names) for lemma in (word, candidate))
+        score = sum(own[name] for name in names) * sum(other[name] for name in names)
+        if (score >= agreement and other_uses >= max(1, RARITY * uses) and usual_part_of_speech(candidate, part_of_speech)
+                and (part_of_speech != "v" or objectless(candidate) >= objectless(word) - VALENCY)):
+            agreeing[candidate] = score
+    return tuple(sorted(agreeing, key=lambda candidate: (-agreeing[candidate], candidate)))
+
+
+@remembered
+def objectless(verb: str) -> float:
+    """Share of a verb's uses (`sense_shares`) in senses that WordNet gives a sentence frame without an object.
+
+    "enroll" has 1, "recruit" 0.53: one enrolls in a plan, but recruits somebody. The frames of the one sense that both
+    share do not tell, since WordNet gives all words of a synset the same.
+    """
+    lemmas, shares = wordnet().lemmas(verb, "v"), sense_shares(verb, "v")
+    return sum(shares[each.synset().name()] for each in lemmas if WITHOUT_OBJECT & set(each.frame_ids()))
 
 
 def _is_other_word(candidate: str, word: str) -> bool:
