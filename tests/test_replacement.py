@@ -340,7 +340,7 @@ def test_grammar_holds_words(text):
             assert word.form.lower() not in held or word.form in changed
 
 
-@pytest.mark.parametrize("text", ["If I enroll in the plan, tell me.", "She enrolled in the course.", "They relied on him."])
+@pytest.mark.parametrize("text", ["If I enroll in the plan, tell me.", "She enrolled in the course."])
 def test_a_verb_without_an_object_takes_no_verb_that_wants_one(text):
     verb = tagged_words(text)[next(i for i, word in enumerate(tagged_words(text)) if word.tag[:2] == "VB")].form
     assert all(f" {verb} " in changed for changed in possible(text))

@@ -35,7 +35,6 @@ _NEEDED = ("name", "kind", "metric", "method_estimate", "baseline_estimate", "es
 _AGAIN = "delete it and run its notebook again (--resume), then the report"
 _CODE = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]*`)", re.S)
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)", re.S)
-
 _REMOTE_IMAGE = re.compile(r"!\[([^\]]*)\]\(https?:[^)]*\)")
 #: What matplotlib does not know and can do without.
 _SIZES = re.compile(r"\\[bB]igg?[lrm]?(?![a-zA-Z])")
@@ -49,14 +48,18 @@ def write_report(run_dir: str | os.PathLike, *, notebooks: Iterable[str | os.Pat
     """
     run_dir = Path(run_dir)
     claims = _claims(run_dir / CLAIMS) if (run_dir / CLAIMS).is_file() else None
-    columns, rows = claim_rows(claims) if claims is not None else ([], [])
+    columns, rows, sentences = [], [], [("This run has made no comparisons, so it has no answer yet.", None)]
+    if claims is not None:
+        (columns, rows), sentences = claim_rows(claims), answer(claims)
     picture = run_dir / PICTURE
+    style = (TEMPLATE / "style.css").read_text(encoding="utf-8") + HtmlFormatter().get_style_defs(".highlight")
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE), autoescape=True)
-    page = environment.from_string((TEMPLATE / "page.html.j2").read_text(encoding="utf-8")).render(
-        title=title, style=jinja2.filters.Markup(_style()), claim_columns=columns,
+    page = environment.get_template("page.html.j2").render(
+        title=title, style=jinja2.filters.Markup(style), claim_columns=columns,
         claims=[{"anchor": f"claim-{number}", "cells": cells} for number, cells in enumerate(rows, start=1)],
-        answer=_sentences(claims), picture_text=PICTURE_TEXT,
-        picture=_embedded(picture.read_bytes(), "png") if picture.is_file() else None,
+        answer=[{"text": text, "anchor": claims is not None and ("claims" if number is None else f"claim-{number + 1}")}
+                for text, number in sentences],
+        picture_text=PICTURE_TEXT, picture=_embedded(picture.read_bytes(), "png") if picture.is_file() else None,
         tables=[_table(path) for path in sorted((run_dir / "tables").glob("*.csv"))],
         notebooks=[_notebook(Path(path), number) for number, path in enumerate(notebooks, start=1)])
     path = run_dir / "report.html"
@@ -88,17 +91,6 @@ def _csv(path: Path) -> pd.DataFrame:
     except (ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} is no table ({reason}); {_AGAIN}") from error
-
-
-def _sentences(claims: pd.DataFrame | None) -> list[dict]:
-    if claims is None:
-        return [{"text": "This run has made no comparisons, so it has no answer yet."}]
-    return [{"text": text, "anchor": "claims" if number is None else f"claim-{number + 1}"}
-            for text, number in answer(claims)]
-
-
-def _style() -> str:
-    return (TEMPLATE / "style.css").read_text(encoding="utf-8") + HtmlFormatter().get_style_defs(".highlight")
 
 
 def _embedded(content: bytes, kind: str) -> str:
