@@ -22,6 +22,7 @@ from carma_lib.lab.plan import read_sweep
 from carma_lib.lab.run import CellFailed, run
 from carma_lib.lab.sweep import Where, plan_text, run_sweep
 from carma_lib.lab.tables import pack, read_cells
+from carma_lib.lab.worker import attempts
 from carma_lib.stats.table import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,6 +119,14 @@ def test_the_first_failure_stops_or_is_collected_and_is_tried_again(folder, clie
     stone.unlink()
     assert run([good, bad], folder, client) == {} and states(folder, good) == ["begun", "done"]
     assert not (cell_folder(folder, bad) / "failure.txt").exists()
+
+
+def test_cells_are_made_in_their_order(folder, client):
+    """The first that a worker gets may be any, since all become ready at once."""
+    cells = [cell_of("untuned", seed=seed) for seed in (7, 3, 9, 1, 8, 2, 6, 4)]
+    assert run(cells, folder, client) == {}
+    begun = sorted(cells, key=lambda cell: attempts(cell_folder(folder, cell))[0]["time"])
+    assert [cell for cell in begun if cell != begun[0]] == [cell for cell in cells if cell != begun[0]]
 
 
 def test_an_archive_keeps_finished_cells_and_gives_them_back(trained_run, tmp_path):

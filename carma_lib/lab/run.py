@@ -170,10 +170,10 @@ def _submit(client: Client, book: _Book, cells: list[Cell], *, retries: int, sha
             if key not in bases:
                 bases[key] = client.submit(prepare_base, folder, cell, ready[first_of[cell]], pure=False, retries=retries)
     flight = {}
-    for cell in cells:
+    for number, cell in enumerate(cells):  # in their order, which Dask would not keep by itself
         key = (cell.seed, cell.recipe.layers, cell.recipe.width, cell.recipe.tokenizer_tasks or cell.task)
         after = [ready[first_of[cell]], *([bases[key]] if cell.recipe.start == "base" else [])]
-        flight[client.submit(run_cell, folder, cell, stage, *after, pure=False, retries=retries,
+        flight[client.submit(run_cell, folder, cell, stage, *after, pure=False, retries=retries, priority=-number,
                              key=f"cell-{cell.key}-{time.monotonic_ns()}")] = cell
     return flight
 
