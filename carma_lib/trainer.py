@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import (DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments,
                           default_data_collator)
 
-from carma_lib.blocks import KeptStates, checked_blocks, decoder_blocks, takes
+from carma_lib.blocks import KeptStates, checked_blocks, decoder_blocks, language_model, takes
 from carma_lib.collate import Collator
 from carma_lib.losses import CarmaConfig, CarmaLoss
 from carma_lib.words import WordTable, document_ids
@@ -48,8 +48,8 @@ class CarmaMixin:
     Raises:
         TypeError: λ > 0 and the model is an encoder, or its blocks hand on no stream that can be read.
         ValueError: layers that do not exist; several GPUs in one process; no tokenizer and no `constituent_ids`;
-            hidden states or, with λ > 0, a loss that is not finite; single-answer rows that are padded right or,
-            at the next log, have a loss that is not finite.
+            rows longer than the model's table of positions; hidden states or, with λ > 0, a loss that is not finite;
+            single-answer rows that are padded right or, at the next log, have a loss that is not finite.
     """
 
     def __init__(self, *args, carma: CarmaConfig | None = None, **kwargs) -> None:
@@ -58,6 +58,7 @@ class CarmaMixin:
         self._carma_kept = self._carma_attached = self._carma_terms = None
         self._carma_word_table = self._carma_unchecked = None
         self._carma_tally, self._carma_misplaced, self._carma_micro_step = {}, [], (-1, 0)
+        self._carma_positions = _learned_positions(self.model)
         _warn_of_half_precision(self.model)
         if self._carma_weighted():
             if self.args.n_gpu > 1:
@@ -76,6 +77,7 @@ class CarmaMixin:
         """The base trainer's loss, and while training with λ > 0 the terms beside it."""
         inputs = dict(inputs)
         words = inputs.pop("constituent_ids", None)
+        self._carma_check_length(inputs.get("input_ids"), inputs.get("position_ids"))
         base = partial(self._carma_base_loss, model, inputs, return_outputs, num_items_in_batch)
         if not (model.training and self._carma_weighted()):
             return base()
@@ -191,6 +193,12 @@ class CarmaMixin:
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {self.state.global_step}: lower the learning rate")
 
+    def _carma_check_length(self, ids: Tensor | None, positions: Tensor | None) -> None:
+        most = self._carma_positions  # rows that are packed may be longer, if their positions are not
+        if most and ids is not None and ids.size(1) > most and (positions is None or positions.max() >= most):
+            raise ValueError(f"a row has {ids.size(1):,} tokens, and the model knows {most:,} positions: cut the rows, "
+                             f"with max_length={most} where they are tokenized")
+
     def _carma_weighted(self) -> bool:
         carma = self.carma
         return bool(carma.carma_weight and (carma.mi_weight or carma.stability_weight))
@@ -274,6 +282,14 @@ def __getattr__(name: str):
 def _collate(base, tokenizer: PreTrainedTokenizerBase, rows: list) -> dict[str, Tensor]:
     ours = isinstance(rows[0], dict) and ("constituent_ids" in rows[0] or "target_id" in rows[0])
     return (Collator(tokenizer) if ours else base)(rows)
+
+
+def _learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model has embeddings for; None if its positions are computed."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding)
+              and module is not language_model(model).get_input_embeddings())
+    return most if most and any(table.num_embeddings - most in (0, 2) for table in tables) else None  # 2: OPT's offset
 
 
 def _warn_of_half_precision(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from tiny import TEXTS, byte_level_tokenizer, tiny_model
 from trl import SFTConfig, SFTTrainer
 
-from carma_lib import CarmaConfig, CarmaMixin, CarmaSFTTrainer
+from carma_lib import CarmaConfig, CarmaLoss, CarmaMixin, CarmaSFTTrainer
 
 CARMA, PLAIN = CarmaConfig(carma_weight=0.3), CarmaConfig(carma_weight=0)
 CHAT_TEMPLATE = ("{% for message in messages %}{{ '<' + message['role'] + '> ' }}"
@@ -77,6 +77,35 @@ def test_terms_are_above_zero_and_weight_zero_is_the_base_trainer(tmp_path, name
         assert entry["loss"] == pytest.approx(parts, rel=1e-3)
     assert logged[0]["task_loss"] == pytest.approx(base.state.log_history[0]["loss"], rel=1e-3)
     assert ("eval_loss" in carma.state.log_history[1]) == (name == "evaluation")
+
+
+@pytest.mark.parametrize("name", ["packing, best fit", "packing, wrapped", "no padding"])
+def test_documents_of_one_row_never_meet(tmp_path, monkeypatch, name):
+    """Wrapped packing marks no documents, so they end at the end-of-text token; the other ways count positions anew."""
+    seen, several = [], 0
+    terms = CarmaLoss.__call__
+
+    def spy(self, states, words, mask, **more):
+        seen.append((words, more["document_ids"]))
+        return terms(self, states, words, mask, **more)
+
+    monkeypatch.setattr(CarmaLoss, "__call__", spy)
+    inputs, base = [], SFTTrainer.compute_loss
+    monkeypatch.setattr(SFTTrainer, "compute_loss", lambda self, model, given, *args, **more:
+                        (inputs.append(given["input_ids"]), base(self, model, given, *args, **more))[1])
+    trained(CarmaSFTTrainer, tmp_path, name, carma=CARMA)
+    assert len(seen) == len(inputs) == 2
+    for ids, (words, documents) in zip(inputs, seen):
+        for tokens, row, found in zip(ids.tolist(), words.tolist(), documents.tolist()):
+            expected, number = [], 0  # by the end-of-text token that TRL puts after each text
+            for token in tokens:
+                expected.append(number)
+                number += token == TOKENIZER.eos_token_id
+            names = {each: place for place, each in enumerate(dict.fromkeys(found))}
+            assert [names[each] for each in found] == expected
+            several += number > 1
+            assert len({(word, document) for word, document in zip(row, found) if word >= 0}) == len({*row} - {-1})
+    assert several
 
 
 def test_no_name_of_the_mixin_is_one_of_the_base_trainers(tmp_path):

@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from tiny import FAMILIES, TEXTS, byte_level_tokenizer, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM,
+                          AutoModelForSeq2SeqLM)
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from carma_lib.collate import Collator, encode, encode_text
 from carma_lib.losses import CarmaConfig, CarmaLoss
 from carma_lib.blocks import KeptStates, decoder_blocks
+from carma_lib.methods import make_trainer
 from carma_lib.trainer import CarmaMixin, CarmaTrainer, checkpointing
 
 CARMA = CarmaConfig(
@@ -240,25 +242,39 @@ def test_accumulation_leaves_the_loss_as_it_is(tmp_path, make_rows):
         torch.testing.assert_close(weights(split), weights(whole), rtol=1e-4, atol=1e-5)
 
 
+KINDS = {
+    "single_target": (single_target_rows, "carma"),
+    "language_model": (language_model_rows, "carma"),
+    "l2_sp": (single_target_rows, "l2_sp"),  # whose penalty is of the weights, not of the rows
+}
+
+
+def trained_in(folder, make_rows, method, **settings):
+    """Trained on the same two texts again and again, so that two processes see what one sees."""
+    model = tiny_model("gpt2")
+    no_dropout(model)
+    trainer = make_trainer(method, model, arguments(folder, train_sampling_strategy="sequential", **settings), carma=CARMA,
+                           strength=0.4, train_dataset=make_rows(2).select([0, 1] * 8), data_collator=Collator(TOKENIZER))
+    trainer.train()
+    return trainer
+
+
+def logged(trainer):
+    names = ("loss", "task_loss", "stability", "penalty")
+    return [[entry[name] for name in names if name in entry] for entry in trainer.state.log_history[:2]]
+
+
 def test_two_processes_train_like_one(tmp_path):
     script = Path(__file__).with_name("two_processes.py")
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        str(script),
-        str(tmp_path),
-    ]
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script), str(tmp_path)]
     subprocess.run([sys.executable, *command], env=environment, check=True, timeout=300, capture_output=True)
-    for kind, make_rows in (("single_target", single_target_rows), ("language_model", language_model_rows)):
+    for kind, (make_rows, method) in KINDS.items():
         two = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
-        model = tiny_model("gpt2")
-        no_dropout(model)
-        one = trained(tmp_path, make_rows(2).select([0, 1] * 8), model, train_sampling_strategy="sequential")
-        assert two["losses"] == pytest.approx(losses(one), rel=1e-6)
-        assert two["stability"] == pytest.approx(one.state.log_history[0]["stability"], rel=1e-6)
+        one = trained_in(tmp_path, make_rows, method)
+        assert method != "l2_sp" or logged(one)[1][-1] > 0
+        for theirs, ours in zip(two["logged"], logged(one), strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-6), kind
         torch.testing.assert_close(two["weights"], weights(one), rtol=1e-4, atol=1e-5)
 
 
@@ -518,6 +534,23 @@ def test_a_new_model_for_each_training(tmp_path):
     assert losses(trainer) == once
 
 
+@pytest.mark.parametrize("carma", [PLAIN, CARMA])
+def test_hyperparameter_search(tmp_path, carma):
+    pytest.importorskip("optuna")
+    rows = single_target_rows()
+    trainer = CarmaTrainer(args=arguments(tmp_path, eval_strategy="epoch"), carma=carma, model_init=lambda: tiny_model("gpt2"),
+                           train_dataset=rows, eval_dataset=rows, processing_class=TOKENIZER)
+    rates = iter((1e-9, 0.1))
+    best = trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", *2 * [next(rates)])}, n_trials=2,
+        backend="optuna", direction="minimize", compute_objective=lambda metrics: metrics["eval_task_loss"])
+    assert best.run_id == "1" and best.hyperparameters == {"learning_rate": 0.1}
+    alone = trained(tmp_path, rows, tiny_model("gpt2"), carma=carma)
+    assert losses(trainer) == losses(alone), "the last trial is a training like any other"
+    assert best.objective == pytest.approx(alone.evaluate(rows)["eval_task_loss"])
+    assert ("stability" in trainer.state.log_history[0]) == (carma is CARMA)
+
+
 @pytest.mark.parametrize("carma", BOTH, ids=["carma", "plain"])
 def test_predict_without_metrics_gives_what_trainer_gives(tmp_path, carma):
     bare = [{"input_ids": row["input_ids"]} for row in ROWS]
@@ -687,6 +720,46 @@ def test_families_of_many_kinds_train(tmp_path, family, sizes):
     trainer.train()
     logged = trainer.state.log_history[0]
     assert 0 < logged["mutual_information"] < 100 and 0 < logged["stability"] < 100
+
+
+@pytest.mark.parametrize("family, text, vision", [("llava", "llama", "clip_vision_model"),
+                                                  ("gemma3", "gemma3_text", "siglip_vision_model")])
+def test_a_vision_tower_of_the_same_depth_is_not_the_language_model(tmp_path, family, text, vision):
+    """The tower comes first, and its blocks are as many and as wide."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=3)
+    tokens = {"mm_tokens_per_image": 4} if family == "gemma3" else {"image_token_index": 299}
+    words = dict(model_type=text, vocab_size=300, num_key_value_heads=2, head_dim=8, pad_token_id=1, **sizes)
+    config = AutoConfig.for_model(family, text_config=words, vision_config=dict(
+        model_type=vision, image_size=28, patch_size=14, **sizes), **tokens)
+    model = AutoModelForImageTextToText.from_config(config)
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 3]
+    assert len(lists) == 2 and decoder_blocks(model) is lists[1] is model.model.language_model.layers
+    logged = trained(tmp_path, language_model_rows(), model).state.log_history[0]
+    assert logged["mutual_information"] > 0 and logged["stability"] > 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("carma", [PLAIN, CARMA])
+def test_rows_longer_than_the_models_positions(tmp_path, family, carma):
+    """The tokenizer knows no maximum, so only the model can tell."""
+    assert TOKENIZER.model_max_length > 1e9
+    model = tiny_model("gpt2") if family == "gpt2" else AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "opt", vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32,
+        max_position_embeddings=128))
+    texts = Dataset.from_dict({"text": ["a small bird " * 200]})
+    with pytest.raises(ValueError, match=r"^a row has \d[\d,]+ tokens, and the model knows 128 positions: cut .* max_length=128") as error:
+        trained(tmp_path, encode_text(texts, TOKENIZER), model, carma=carma)
+    assert "\n" not in str(error.value)
+    trained(tmp_path, encode_text(texts, TOKENIZER, max_length=128), model, carma=carma)
+    packed = {"input_ids": torch.full((1, 200), 5), "position_ids": torch.arange(100).repeat(2)[None]}
+    trainer = CarmaTrainer(model, arguments(tmp_path), carma=carma, processing_class=TOKENIZER)
+    if family == "gpt2":  # OPT counts its positions from the mask
+        assert trainer.compute_loss(model.train(), {**packed, "labels": packed["input_ids"]}).isfinite()
+
+
+def test_rows_may_be_longer_where_positions_are_computed(tmp_path):
+    rows = encode_text(Dataset.from_dict({"text": ["a small bird " * 60]}), TOKENIZER)
+    assert rows[0]["length"] > 128 and all(loss > 0 for loss in losses(trained(tmp_path, rows, tiny_model("llama"))))
 
 
 def test_layers_that_do_not_exist(tmp_path):

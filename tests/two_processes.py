@@ -7,24 +7,12 @@ import torch
 
 torch.set_num_threads(1)
 
-from test_trainer import language_model_rows, losses, no_dropout, single_target_rows, trained, weights
-from tiny import tiny_model
+from test_trainer import KINDS, logged, trained_in, weights
 
 folder = Path(sys.argv[1])
-for kind, make_rows in (("single_target", single_target_rows), ("language_model", language_model_rows)):
-    model = tiny_model("gpt2")
-    no_dropout(model)
-    trainer = trained(
-        folder,
-        make_rows(2).select([0, 1] * 8),
-        model,
-        per_device_train_batch_size=2,
-        ddp_backend="gloo",
-        train_sampling_strategy="sequential",
-    )
+for kind, (make_rows, method) in KINDS.items():
+    trainer = trained_in(folder, make_rows, method, ddp_backend="gloo", per_device_train_batch_size=2)
     assert trainer.args.world_size == 2
     if trainer.is_world_process_zero():
-        logged = trainer.state.log_history[0]
-        result = {"losses": losses(trainer), "weights": weights(trainer), "stability": logged["stability"]}
-        torch.save(result, folder / f"{kind}.pt")
+        torch.save({"logged": logged(trainer), "weights": weights(trainer)}, folder / f"{kind}.pt")
 torch.distributed.destroy_process_group()
