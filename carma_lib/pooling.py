@@ -1,19 +1,15 @@
 """Constituent-Aware Pooling (CAP): what of a model's answer survives when a constituent becomes one vector.
 
-At a start layer *l* the residual stream entering block *l* is changed once: the vectors of the tokens of one
-constituent (a word, a phrase) are replaced by their sum, mean or maximum. The blocks from *l* on see the
-shorter sequence as if it had always been that long: positions counted anew, a causal mask (and sliding
-window) of its length. Models whose later blocks read the embeddings again read them pooled in the same way.
+At a start layer *l*, of the residual stream entering block *l*, the vectors of the tokens of one constituent (a
+word, a phrase) are replaced by their sum, mean or maximum. The blocks from *l* on see a sequence of that length:
+positions counted anew, a causal mask of its own. Blocks that read the embeddings again read them pooled too.
 
-Method: arXiv 2410.12924 and arXiv 2502.11066. What they leave open is decided here: a real token of no
-constituent (id −1) stays as it is, and so does the prompt's last token whatever its id, so that the answer is
-always read at the same place. A row is one document.
+Method: arXiv 2410.12924 and arXiv 2502.11066. Our decisions where they are open: a token of no constituent (id −1)
+stays as it is, and so does the prompt's last token, so that the answer is always read at the same place.
 
-Everything after the change is the model's own code: its forward pass runs with the blocks below the start
-layer passed over and the pooled stream handed to the start layer. Masks, rotary or absolute positions, the
-final norm and the head need no restatement per family. Whether that is right for a model is checked on the
-model itself, once per start layer (`pooling_grid`). During a call the model is in evaluation mode (no dropout)
-and records no gradients; afterwards it is as it was. Two threads must not use one model at a time.
+All but the change is the model's own forward pass, with the blocks below the start layer passed over; whether that is
+right is checked on the model itself, once a start layer. During a call the model is in evaluation mode, without
+gradients; afterwards it is as it was. Two threads must not use one model at a time.
 """
 from __future__ import annotations
 
@@ -28,6 +24,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
@@ -41,24 +38,22 @@ _checked: WeakKeyDictionary[nn.Module, tuple[set[int], bool]] = WeakKeyDictionar
 
 
 class PoolingGrid(NamedTuple):
-    """What `pooling_grid` returns."""
+    """Logits (batch, vocabulary) after the last real token, with nothing pooled and by (start layer, protocol).
+
+    changed: (batch,) int64, the number of tokens pooled away.
+    """
 
     clean: Tensor
-    """(batch, vocabulary) logits after the last real token, nothing pooled."""
     pooled: dict[tuple[int, str], Tensor]
-    """(start layer, protocol) → (batch, vocabulary) logits after the last real token."""
     changed: Tensor
-    """(batch,) int64, the number of tokens pooled away: real tokens minus the pooled sequence's length."""
 
 
 def constituent_aware_pooling(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, constituent_ids: Tensor, *, start_layer: int,
-    protocol: str,
-) -> Tensor:
+        model: nn.Module, input_ids: Tensor, attention_mask: Tensor, constituent_ids: Tensor, *, start_layer: int,
+        protocol: str) -> Tensor:
     """Logits (batch, vocabulary) after each row's last real token, constituents pooled from `start_layer` on.
 
-    `start_layer` *l* pools the stream entering block *l*, 0 ≤ *l* < number of blocks; `protocol` is "sum",
-    "mean" or "max" (element by element). Inputs and errors as in `pooling_grid`, cheaper for several runs.
+    protocol: "sum", "mean" or "max". Inputs and errors as in `pooling_grid`, which is cheaper for several runs.
     """
     grid = pooling_grid(model, input_ids, attention_mask, constituent_ids, start_layers=[start_layer],
                         protocols=[protocol])
@@ -67,24 +62,20 @@ def constituent_aware_pooling(
 
 @torch.no_grad()
 def pooling_grid(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, constituent_ids: Tensor, *,
-    start_layers: Sequence[int], protocols: Sequence[str] = PROTOCOLS,
-) -> PoolingGrid:
+        model: nn.Module, input_ids: Tensor, attention_mask: Tensor, constituent_ids: Tensor, *,
+        start_layers: Sequence[int], protocols: Sequence[str] = PROTOCOLS) -> PoolingGrid:
     """Every start layer × protocol from one clean pass; a pooled run computes only the blocks from its start.
 
-    `input_ids`, `attention_mask` (1 = real token) and `constituent_ids` are integers (batch, tokens), padded
-    on either side. Tokens of one constituent share an id ≥ 0 and stand next to each other; −1 is a token of
-    none. Ids count within a row; those of padding are ignored. A row's answer does not depend on the other
-    rows. The model may be wrapped by peft (LoRA and the like) or for data parallelism.
+    `input_ids`, `attention_mask` (1 = real token) and `constituent_ids` are integers (batch, tokens), padded on either
+    side. Tokens of one constituent share an id ≥ 0 within their row and stand next to each other; −1 is a token of
+    none. The model may be wrapped by peft (LoRA and the like) or for data parallelism.
 
-    Before a start layer of a model is used for the first time, two made rows of 7 and 4 tokens are pooled there:
-    with one token a constituent the logits must be those of the model alone, up to rounding (the square root of
-    the precision's epsilon, as a share of the largest logit), also after a run of another length, and pooling
-    that does shorten must run. Rows of a model whose answer changes with padding run one by one.
+    Before a start layer is used for the first time, two made rows are pooled there: with one token a constituent the
+    logits must be those of the model alone, up to rounding (the square root of the precision's epsilon, as a share of
+    the largest logit). Rows of a model whose answer changes with padding run one by one.
 
-    Raises ValueError for a model that fails this check, in one line with the reason; an unknown start layer or
-    protocol; wrong shapes or types; a row without a real token or padded on both sides; a constituent whose
-    tokens are not next to each other.
+    Raises ValueError for a model that fails this check, an unknown start layer or protocol, wrong shapes or types, a
+    row without a real token or padded on both sides, a constituent whose tokens are not next to each other.
     """
     model, blocks = _model_and_blocks(model)
     _check_inputs(input_ids, attention_mask, constituent_ids)
@@ -99,10 +90,11 @@ def pooling_grid(
     return PoolingGrid(torch.cat([grid.clean for grid in grids]), pooled, torch.cat([grid.changed for grid in grids]))
 
 
-def _grid(
-    model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], protocols: Sequence[str], *inputs: Tensor
-) -> PoolingGrid:
-    input_ids, mask, ids = _left_padded(*inputs)
+def _grid(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], protocols: Sequence[str],
+          *inputs: Tensor) -> PoolingGrid:
+    """The runs of one batch, whose padding is moved to the left first; a column of padding alone is left out."""
+    order = inputs[1].argsort(dim=1, stable=True)[:, -int(inputs[1].sum(dim=1).max()):]
+    input_ids, mask, ids = (tensor.gather(1, order) for tensor in inputs)
     positions = pooled_positions(mask, ids)
     clean, record = _clean_pass(model, blocks, layers, input_ids, mask)
     pooled = {(layer, protocol): _pooled_pass(model, blocks, layer, record, positions, protocol)
@@ -118,7 +110,11 @@ def pooled_positions(attention_mask: Tensor, constituent_ids: Tensor) -> Tensor:
     _check_inputs(attention_mask, attention_mask, constituent_ids)
     real = attention_mask.bool()
     ids = constituent_ids.masked_fill(~real, -1)
-    _refuse_split_constituents(ids)
+    heads = ids.masked_fill(F.pad(ids[:, 1:] == ids[:, :-1], (1, 0)), -1).sort(dim=1).values  # one a run of tokens
+    if (split := (heads[:, 1:] == heads[:, :-1]) & (heads[:, 1:] >= 0)).any():
+        row, column = split.nonzero()[0].tolist()
+        raise ValueError(f"the tokens of constituent {int(heads[row, column])} in row {row} are not next to each "
+                         "other; give each run of tokens its own id")
     count = real.cumsum(dim=1)
     ids = ids.masked_fill(count == count[:, -1:], -1)  # the last real token stays alone
     begins = real.clone()
@@ -129,9 +125,8 @@ def pooled_positions(attention_mask: Tensor, constituent_ids: Tensor) -> Tensor:
 def start_layers_from_depth(num_layers: int, shares: Sequence[float] = DEPTH_SHARES) -> list[int]:
     """Block indices at shares of depth: ceil(share × `num_layers`) − 1, but at least 1 of more than 8 blocks.
 
-    The rule gives the published start layers of 16, 18, 24 and 36 blocks, and 1, 2, 5, 8, 11 of 12 blocks,
-    where 1, 4, 5, 8, 11 were published. Fewer blocks start at 0, so that 1 % and 25 % differ. One index per
-    share: of four blocks or fewer, two shares can give the same one.
+    The rule gives the published start layers of 16, 18, 24 and 36 blocks, and 1, 2, 5, 8, 11 of 12 blocks, where
+    1, 4, 5, 8, 11 were published. One index a share: of four blocks or fewer, two shares can give the same one.
 
     Raises ValueError for a share outside (0, 1] or `num_layers` below 1.
     """
@@ -139,8 +134,7 @@ def start_layers_from_depth(num_layers: int, shares: Sequence[float] = DEPTH_SHA
         raise ValueError(f"num_layers must be at least 1, not {num_layers}")
     if any(not 0 < share <= 1 for share in shares):
         raise ValueError(f"shares of depth must lie in (0, 1], not {list(shares)}")
-    lowest = 1 if num_layers > 8 else 0
-    return [max(lowest, math.ceil(round(share * num_layers, 9)) - 1) for share in shares]
+    return [max(int(num_layers > 8), math.ceil(round(share * num_layers, 9)) - 1) for share in shares]
 
 
 def _pool(stream: Tensor, positions: Tensor, protocol: str) -> Tensor:
@@ -151,8 +145,7 @@ def _pool(stream: Tensor, positions: Tensor, protocol: str) -> Tensor:
     values = stream.to(torch.promote_types(stream.dtype, torch.float32))
     pooled = values.new_zeros(len(stream), longest + 1, stream.shape[-1]).scatter_reduce(
         1, slots.to(stream.device).unsqueeze(-1).expand_as(stream), values,
-        reduce="amax" if protocol == "max" else protocol, include_self=False,
-    )
+        reduce="amax" if protocol == "max" else protocol, include_self=False)
     return pooled[:, 1:].to(stream.dtype).contiguous()
 
 
@@ -165,9 +158,8 @@ class _Record:
     forms: dict[int, tuple[type, int]] = field(default_factory=dict)
 
 
-def _clean_pass(
-    model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], input_ids: Tensor, mask: Tensor
-) -> tuple[Tensor, _Record]:
+def _clean_pass(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], input_ids: Tensor,
+                mask: Tensor) -> tuple[Tensor, _Record]:
     """Logits (batch, vocabulary) after the last token of left-padded rows, and what pooled passes need."""
     record = _Record()
 
@@ -193,9 +185,8 @@ def _clean_pass(
             handle.remove()
 
 
-def _pooled_pass(
-    model: nn.Module, blocks: nn.ModuleList, layer: int, record: _Record, positions: Tensor, protocol: str
-) -> Tensor:
+def _pooled_pass(model: nn.Module, blocks: nn.ModuleList, layer: int, record: _Record, positions: Tensor,
+                 protocol: str) -> Tensor:
     """Logits (batch, vocabulary) after the last token: blocks below `layer` passed over, the pooled stream enters."""
     stream = _pool(record.streams[layer][0], positions, protocol)
     embeddings = _pool(record.embeddings, positions, protocol)
@@ -275,10 +266,8 @@ def _check_model(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int],
     return together
 
 
-def _fault(
-    model: nn.Module, blocks: nn.ModuleList, layers: list[int], input_ids: Tensor, mask: Tensor,
-    alone: list[tuple[Tensor, Tensor]],
-) -> str | None:
+def _fault(model: nn.Module, blocks: nn.ModuleList, layers: list[int], input_ids: Tensor, mask: Tensor,
+           alone: list[tuple[Tensor, Tensor]]) -> str | None:
     """What goes wrong when made rows are pooled; `alone` holds the same rows without padding."""
     each = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     try:
@@ -315,13 +304,6 @@ def _equal(logits: Tensor, expected: Tensor, record: _Record) -> bool:
     return torch.allclose(logits, expected, rtol=0, atol=atol, equal_nan=True)
 
 
-def _left_padded(input_ids: Tensor, attention_mask: Tensor, constituent_ids: Tensor) -> tuple[Tensor, ...]:
-    """The three (batch, tokens) tensors, every row's padding on the left and no column of padding only."""
-    longest = int(attention_mask.sum(dim=1).max())
-    order = attention_mask.argsort(dim=1, stable=True)[:, -longest:]
-    return tuple(tensor.gather(1, order) for tensor in (input_ids, attention_mask, constituent_ids))
-
-
 def _model_and_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The causal language model within its wrappers, and its blocks."""
     outer, inner = extract_model_from_parallel(model, keep_torch_compile=False), language_model(model)
@@ -342,30 +324,16 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor, constituent_ids: Te
     named = {"input_ids": input_ids, "attention_mask": attention_mask, "constituent_ids": constituent_ids}
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_complex():
-            kind = getattr(tensor, "dtype", type(tensor).__name__)
-            raise ValueError(f"{name} must be a tensor of integers, not {kind}")
+            raise ValueError(f"{name} must be a tensor of integers, not {getattr(tensor, 'dtype', type(tensor).__name__)}")
         if tensor.dim() != 2 or tensor.shape != input_ids.shape or not tensor.numel():
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items())
             raise ValueError(f"inputs must share one shape (batch, tokens) and hold a token, not {shapes}")
     if ((attention_mask != 0) & (attention_mask != 1)).any():
         raise ValueError("attention_mask must hold only 0 (padding) and 1 (real token)")
-    empty = (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist()
-    if empty:
+    if empty := (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist():
         raise ValueError(f"rows {empty} have no real token; leave them out of the batch")
     if (attention_mask.long().diff(dim=1) != 0).sum(dim=1).max() > 1:
         raise ValueError("attention_mask has a row with padding on both sides or within; pad one side only")
-
-
-def _refuse_split_constituents(ids: Tensor) -> None:
-    """ValueError where an id ≥ 0 of `ids` (batch, tokens; padding −1) stands in two places of a row."""
-    begins = torch.ones_like(ids, dtype=torch.bool)
-    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    heads = ids.masked_fill(~begins, -1).sort(dim=1).values
-    split = (heads[:, 1:] == heads[:, :-1]) & (heads[:, 1:] >= 0)
-    if split.any():
-        row, column = split.nonzero()[0].tolist()
-        raise ValueError(f"the tokens of constituent {int(heads[row, column])} in row {row} are not next to each "
-                         "other; give each run of tokens its own id")
 
 
 def _checked_grid(start_layers: Sequence[int], protocols: Sequence[str], depth: int) -> tuple[list[int], list[str]]:

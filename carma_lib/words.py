@@ -72,9 +72,7 @@ def constituent_ids(offsets: Sequence[Span], spans: Sequence[Span], text: str) -
     owner = [-1] * len(text)
     for index, (start, end) in enumerate(spans):
         if not 0 <= start < end <= len(text):
-            raise ValueError(
-                f"span {index} = ({start}, {end}) is empty or outside a text of {len(text)} characters"
-            )
+            raise ValueError(f"span {index} = ({start}, {end}) is empty or outside a text of {len(text)} characters")
         if any(held >= 0 for held in owner[start:end]):
             raise ValueError(f"span {index} = ({start}, {end}) overlaps another span")
         owner[start:end] = [index] * (end - start)
