@@ -24,8 +24,8 @@ class UnreadableStates(TypeError):
 class KeptStates:
     """Keeps the states of the blocks named by `layers` (−1: what enters block 0) while a forward pass runs.
 
-    A state is read where it enters the next block, outside any checkpointed region, so it has its gradient under
-    both kinds of gradient checkpointing; the last block's is read where it leaves. `remove` takes the hooks off.
+    A state is read where it enters the next block (the last one where it leaves), outside any checkpointed region, so
+    that it has its gradient under both kinds of gradient checkpointing.
     """
 
     def __init__(self, blocks: nn.ModuleList, layers: Iterable[int]) -> None:
@@ -109,11 +109,8 @@ def takes(model: nn.Module, argument: str) -> bool:
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks of a causal language model, plain or wrapped (peft, DDP, torch.compile), in order.
 
-    Their number is that of the text config, and they are sought in the model's own decoder, so a vision tower of
-    the same depth is not taken for them.
-
-    Raises:
-        TypeError: an encoder, an encoder-decoder, or a model whose blocks cannot be found.
+    They are sought in the model's own decoder, so a vision tower of the same depth is not taken for them. Raises
+    `TypeError` for an encoder, an encoder-decoder, or a model whose blocks cannot be found.
     """
     inner = language_model(model)
     config = getattr(inner, "config", None)
@@ -132,12 +129,9 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
 def checked_blocks(model: nn.Module) -> nn.ModuleList:
     """`decoder_blocks` of a model whose states can be trained on, tried on three tokens without gradients.
 
-    The model stays in its mode, and no random number is drawn. What cannot be tried (weights that are not here,
-    as under DeepSpeed ZeRO-3; a model that needs more than token ids) is left to the first training step.
-
-    Raises:
-        TypeError: as `decoder_blocks`; a model that passes over whole blocks at random; blocks whose states are
-            not one stream of (batch, tokens, width).
+    What cannot be tried (weights that are not here, as under DeepSpeed ZeRO-3; a model that needs more than token ids)
+    is left to the first training step. Raises `TypeError` as `decoder_blocks`, and for a model that passes over whole
+    blocks at random or whose states are not one stream of (batch, tokens, width).
     """
     blocks, inner = decoder_blocks(model), language_model(model)
     name, text = type(inner).__name__, inner.config.get_text_config(decoder=True)
@@ -161,15 +155,11 @@ def checked_blocks(model: nn.Module) -> nn.ModuleList:
 def read_states(model: nn.Module, batch: Mapping[str, Tensor], *, final_norm: bool = False) -> tuple[Tensor, ...]:
     """What enters block 0, then what leaves each block, (batch, tokens, width) each, on the model's device.
 
-    batch: `input_ids` and, if there, `attention_mask` and `position_ids` (batch, tokens), on any device; other
-        entries are ignored. Virtual tokens that peft puts before the text are cut off.
-    final_norm: whether the last entry is taken after the final norm, where the head reads it: the last one of the
-        model's own `hidden_states`.
+    batch: `input_ids` and, if there, `attention_mask` and `position_ids` (batch, tokens), on any device.
+    final_norm: whether the last entry is taken after the final norm, where the head reads it.
 
-    The model runs without gradients, in the mode that it is in.
-
-    Raises:
-        TypeError: as `decoder_blocks`, or states that are not one stream of (batch, tokens, width).
+    The model runs without gradients, in the mode that it is in; virtual tokens that peft puts before the text are cut
+    off. Raises `TypeError` as `decoder_blocks`, and for states that are not one stream of (batch, tokens, width).
     """
     states, outputs = _read(model, batch, **({"output_hidden_states": True} if final_norm else {}))
     if final_norm:

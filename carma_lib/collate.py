@@ -25,16 +25,13 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, prefix: str 
     prompt to `prompt + target` (as published). With `answer="text"`, `input_ids` goes on with the answer's tokens
     and the end-of-text token, `labels` holds these (−100 on the prompt), and `prompt_length` says where they begin.
 
-    Args:
-        dataset: rows with `text` and `target`; with `level="phrase"` the column `phrases` gives the constituents as
-            character spans of `text`; `phrase_spans` finds them if there is no such column.
-        drop: leave out rows that are too long, or whose target is not one token, instead of raising.
-        max_length: most tokens of a row; None for what the tokenizer says of its model.
+    level: "word", or "phrase" for the character spans of the column `phrases`, else those that `phrase_spans` finds.
+    drop: leave out rows that are too long, or whose target is not one token, instead of raising.
+    max_length: most tokens of a row; None for what the tokenizer says of its model.
 
-    Raises:
-        TypeError: the tokenizer is slow (it knows no character offsets), or the rows are no `Dataset`.
-        ValueError: unknown level or answer, no rows, missing column, a value that is not text, a row that is too
-            long, a target that is empty or (without `drop`) not one token, phrases that do not fit their text.
+    Raises `TypeError` for a slow tokenizer (it knows no character offsets) or rows that are no `Dataset`, `ValueError`
+    for an unknown level or answer, no rows, a missing column, a value that is not text, a row that is too long, a
+    target that is empty or (without `drop`) not one token, phrases that do not fit their text.
     """
     if answer not in ANSWERS:
         raise ValueError(f"answer must be one of {ANSWERS}, got {answer!r}")
@@ -111,9 +108,7 @@ class Collator:
     first real token), and, if the rows have them, `constituent_ids` (−1 at padding) and `labels` (−100 at padding
     and at the first token, which nothing precedes), else `target_ids` (batch,).
 
-    Args:
-        padding: the padding token's id, or a tokenizer: its padding token, else its end-of-text token (padding is
-            masked, so either will do).
+    padding: the padding token's id, or a tokenizer: its padding token, else its end-of-text token.
     """
 
     def __init__(self, padding: PreTrainedTokenizerBase | int) -> None:

@@ -27,23 +27,21 @@ class CarmaMixin:
         class Mine(CarmaMixin, AnyTrainer): ...
         Mine(model, args, carma=CarmaConfig(), ...)  # every other argument is the trainer's own
 
-    L_task is the loss of the trainer below, computed once by its own `compute_loss`; with λ = 0 nothing is added to
-    it and training is that trainer's, bit for bit. Words come from the batch's `constituent_ids` (batch, tokens) if
-    it has them, else from `input_ids` by the tokenizer's vocabulary; documents that are packed into one row, told
-    by `position_ids` or the attention mask, never share a word nor give each other negatives.
+    L_task is computed once, by the `compute_loss` of the trainer below; with λ = 0 training is that trainer's, bit for
+    bit. Words come from the batch's `constituent_ids` (batch, tokens) if it has them, else from `input_ids` by the
+    tokenizer's vocabulary. Documents packed into one row, told by `position_ids`, the attention mask or the
+    end-of-text token, never share a word nor give each other negatives.
 
-    Rows of a single answer, as `carma_lib.collate.encode` makes them, have `target_ids` (batch,) in place of
-    `labels`, padded on the left: L_task is then the cross-entropy of that token after the last position, only that
-    position's logits are computed, and evaluation adds `accuracy` and `task_loss`, means over rows. `predict` gives
-    (predicted ids, cross-entropies) for them.
+    Rows of a single answer, as `carma_lib.collate.encode` makes them, have `target_ids` (batch,) in place of `labels`,
+    padded on the left: L_task is the cross-entropy of that token after the last position, evaluation adds `accuracy`
+    and `task_loss`, means over rows, and `predict` gives (predicted ids, cross-entropies).
 
-    The terms are means over a micro-batch, so neither accumulation nor the number of processes changes their scale.
-    Training logs add `task_loss`, `mutual_information`, `stability` and `weighted_…`, the shares that add up to
-    `loss`. Evaluation computes no term. A step with λ > 0 reads from the device once, one with λ = 0 never.
+    The terms are means over a micro-batch, whatever the accumulation and the number of processes. Training logs add
+    `task_loss`, `mutual_information`, `stability` and `weighted_…`, the shares that add up to `loss`. Evaluation
+    computes no term. A step with λ > 0 reads from the device once, one with λ = 0 never.
 
     Args:
-        carma: the terms and their weights; `CarmaConfig()` by default. `CarmaConfig(carma_weight=0)` is the base
-            trainer itself.
+        carma: the terms and their weights; `CarmaConfig()` by default.
 
     Raises:
         TypeError: λ > 0 and the model is an encoder, or its blocks hand on no stream that can be read.
@@ -132,11 +130,8 @@ class CarmaMixin:
         return output
 
     def share_of_step(self, num_items_in_batch) -> float:
-        """What a micro-batch's mean must be multiplied by when it is added to the base trainer's loss.
-
-        `Trainer` divides a loss by the number of micro-batches of a step, unless the loss is normalised by the items
-        of all of them already; what is added must then be divided here.
-        """
+        """What a micro-batch's mean is multiplied by: `Trainer` divides a loss by the number of micro-batches of a
+        step, unless it is normalised by the items of all of them already; what is added is then divided here."""
         normalised = getattr(self, "loss_is_scaled_for_ga", None)
         if normalised is None:
             normalised = self.compute_loss_func is not None or (

@@ -60,14 +60,10 @@ def phrase_spans(text: str) -> list[Span]:
 def constituent_ids(offsets: Sequence[Span], spans: Sequence[Span], text: str) -> list[int]:
     """For each token the index of the span that holds it, or −1.
 
-    Args:
-        offsets: character span of each token in `text`, as a fast tokenizer's `return_offsets_mapping` gives
-            it. White space at a token's edges is cut off first. A token that reaches beyond a span belongs
-            to none, and so do special tokens and white space, except between two words of one span.
-        spans: constituents of `text`, in any order.
-
-    Raises:
-        ValueError: a span is empty, reaches outside `text`, or overlaps another.
+    offsets: character span of each token in `text`, as a fast tokenizer's `return_offsets_mapping` gives it, white space
+        at its edges left out. A token that reaches beyond a span belongs to none, and so do special tokens and white
+        space, except between two words of one span.
+    spans: in any order. Raises `ValueError` for one that is empty, reaches outside `text`, or overlaps another.
     """
     owner = [-1] * len(text)
     for index, (start, end) in enumerate(spans):
@@ -91,18 +87,13 @@ def constituent_ids(offsets: Sequence[Span], spans: Sequence[Span], text: str) -
 class WordTable:
     """Word ids of tokens from their ids alone, by what each entry of a tokenizer's vocabulary says of itself.
 
-    For training steps whose batches hold only token ids, as trainers make them that tokenize and pack by themselves.
-    The rule is that of `word_spans`: a token is of a word if its characters are, and continues the word of the
-    token before it if nothing lies between. Special tokens and punctuation are of none. What a vocabulary does not
-    tell is guessed: a character cut into bytes is a letter if its first byte begins mostly letters; and word pieces
-    and "</w>" vocabularies, which do not say where spaces were around marks, make "don't" two words.
+    The rule is that of `word_spans`: a token is of a word if its characters are, and continues the word of the token
+    before it if nothing lies between. Special tokens and punctuation are of none. What a vocabulary does not tell is
+    guessed: a character cut into bytes is a letter if its first byte begins mostly letters; and word pieces and "</w>"
+    vocabularies, which do not say where spaces were around marks, make "don't" two words.
 
-    Args:
-        tokenizer: byte-level (GPT-2, Llama 3, Qwen), metaspace (Llama 2, Gemma), word-piece (BERT), or with
-            "</w>" at words' ends (GPT-1).
-
-    Raises:
-        ValueError: the vocabulary marks words in no known way.
+    tokenizer: byte-level (GPT-2, Llama 3, Qwen), metaspace (Llama 2, Gemma), word-piece (BERT), or with "</w>" at
+    words' ends (GPT-1). Raises `ValueError` for a vocabulary that marks words in no known way.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -110,10 +110,9 @@ class CarmaTerms(NamedTuple):
 class CarmaLoss:
     """L_CARMA = γ L_MI + η L_stability of one forward pass (λ is applied by the caller).
 
-    `hidden_states` is the tuple a model returns, embeddings first: layer l of the config is entry l + 1, and
-    entries that the config does not name may be None. Layers that the config leaves open follow from the
-    tuple's length. The last entry of a Hugging Face model is taken after its final norm, so a config that
-    names the last block needs that entry replaced by the block's own output, as `CarmaTrainer` does.
+    `hidden_states` is the tuple a model returns, embeddings first: layer l of the config is entry l + 1, entries that
+    the config does not name may be None, and open layers follow from its length. Its last entry is after the final
+    norm, so a config that names the last block needs that block's own output there, as `CarmaTrainer` gives it.
     State-space families (mamba, rwkv) return a tuple without the embeddings: put None before it.
     """
 
@@ -123,10 +122,9 @@ class CarmaLoss:
     def __call__(self, hidden_states: Sequence[Tensor | None], constituent_ids: Tensor, attention_mask: Tensor, *,
                  document_ids: Tensor | None = None, generator: torch.Generator | None = None,
                  read: Sequence[Tensor] = ()) -> CarmaTerms:
-        """Return the terms; arguments, errors and shapes as in the two functions below.
+        """The terms; arguments, errors and shapes as in the two functions below.
 
-        read: scalar tensors that the caller wants on the host; they come with the one transfer that the
-            check of the batch makes anyway, as `terms.read`.
+        read: scalars that the caller wants on the host; they come, as `terms.read`, with the one transfer made anyway.
         """
         config = self.config.for_depth(len(hidden_states) - 1)
         if not config.layers:
@@ -153,28 +151,22 @@ def mutual_information_loss(hidden_states: Tensor | Sequence[Tensor], constituen
         L_MI = mean over layers, mean over pairs (i, j) of
                −log( exp(s_ij / τ) / (exp(s_ij / τ) + Σ_n exp(s_in / τ)) )
 
-    Pairs: all i < j of one row with the same constituent, over all rows of the batch. Negatives n of an
-    anchor i: the real tokens of its row outside its constituent; with `num_negatives=k`, k of them drawn
-    without replacement (all, if there are no more than k), one draw per anchor shared by its pairs and by the
-    layers; with None all of them, which needs no random numbers. A pair whose anchor has no negative costs 0.
+    Pairs: all i < j of one row with the same constituent, over all rows of the batch. Negatives n of an anchor i: the
+    real tokens of its row outside its constituent, k of them drawn without replacement for `num_negatives=k` (one draw
+    an anchor, shared by its pairs and the layers), all of them for None. A pair whose anchor has none costs 0.
     Documents packed into one row count as rows of their own.
     (arXiv 2502.11066, method section; the draw is our decision, the published code draws with replacement.)
 
     Args:
         hidden_states: L × (B, T, D), stacked or a sequence; half precision is raised to float32.
         constituent_ids: (B, T) integers; tokens of one constituent share a number, −1 belongs to none.
-        attention_mask: (B, T), 1 for a real token. Padding is neither anchor, positive nor negative.
-        temperature: τ, at least 1e-6.
-        num_negatives: negatives per anchor, or None for all.
-        similarity: "cosine" or "dot".
+        attention_mask: (B, T), 1 for a real token; padding takes no part.
+        temperature: τ, at least 1e-6. num_negatives: an anchor's, or None for all. similarity: "cosine" or "dot".
         generator: random numbers of the draw, on the device of `hidden_states`; torch's default if None.
         document_ids: (B, T) integers; tokens of one document of a row share a number. None: a row is one.
 
-    Returns:
-        A scalar; 0 with a gradient path if the batch has no pair.
-
-    Raises:
-        ValueError: shapes disagree, ids below −1, bad settings, NaN or infinity at a real token.
+    Returns a scalar; 0 with a gradient path if the batch has no pair. Raises `ValueError` for shapes that disagree, ids
+    below −1, bad settings, NaN or infinity at a real token.
     """
     sampling = (*_check_sampling(temperature, num_negatives, similarity), similarity)
     states = list(hidden_states)
@@ -192,15 +184,8 @@ def stability_loss(hidden_states: Tensor | Sequence[Tensor], attention_mask: Ten
     which grows with the number of layers; `reduction="mean"` divides it by the number of consecutive pairs.
     (arXiv 2502.11066, method section; that padding is left out is our decision.)
 
-    Args:
-        hidden_states: at least 2 layers × (B, T, D), stacked or a sequence; half precision is raised to
-            float32.
-        attention_mask: (B, T), 1 for a real token.
-        reduction: "sum" or "mean" over the consecutive pairs of layers.
-
-    Raises:
-        ValueError: shapes disagree, fewer than two layers, unknown reduction, NaN or infinity at a real
-            token.
+    hidden_states: at least 2 × (B, T, D), as above. attention_mask: (B, T), 1 for a real token. Raises `ValueError` for
+    shapes that disagree, fewer than two layers, an unknown reduction, NaN or infinity at a real token.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
