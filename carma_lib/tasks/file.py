@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow.parquet
 
-from carma_lib.files import RunError, first_line, user_path
+from carma_lib.files import RunError, first_line, sha256_of, user_path
 from carma_lib.tasks.schema import DataNotFound, TaskRows
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -55,19 +55,14 @@ def content_of(path: Path | str) -> str:
     path = user_path(path)
     if not path.is_file():
         raise DataNotFound(f"{path}: there is no such file; give the path of your data, from {Path.cwd()} or whole")
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    return sha256_of(path)
 
 
 def build_rows(*, file: str, name: str, content: str, seed: int, split_sizes: Sequence[float]) -> TaskRows:
     """The file as rows, every one checked.
 
-    name: begins every `item_id`; the rest of it is a hash of the row, so that it does not change with its place.
-    content: the file's sha256. split_sizes: shares of train, validation and test if the file has no column `split`.
-
-    Raises `RunError` in one line that names the file, the row and the way out.
+    name: begins every `item_id`; a hash of the text follows. content: the file's sha256. split_sizes: shares of train,
+    validation and test if the file has no column `split`. Raises `RunError` naming the file, the row and the way out.
     """
     path = user_path(file)
     if content_of(path) != content:
@@ -82,9 +77,10 @@ def build_rows(*, file: str, name: str, content: str, seed: int, split_sizes: Se
         if first["split"] != row["split"]:
             raise RunError(f"{path}, {place}: its text is in {row['split']} here and in {first['split']} in {first_place}: "
                            "keep one of them")
-        repeated += first is not row
         if first is row:
             rows.append(row)
+        else:
+            repeated += 1
     if len(rows) < MIN_ROWS:
         raise RunError(f"{path} holds {len(rows)} different rows; to train, choose and test it takes at least {MIN_ROWS}: "
                        "add rows")
