@@ -3,10 +3,9 @@
     python benchmarks/long.py [--lengths 20 58 …] [--rounds 7] [--threads 2] [--no-terms]
 
 Plain fine-tuning, CARMA with its default layers (blocks 0 to 9), and the dense terms of before take turns on one
-batch, round after round: a busy machine slows all alike. A ratio is the median over rounds of (a method's time /
-plain time) with its 95 % bootstrap interval; processor seconds of the process stand beside the clock's, since they
-do not count other people's work. A step is what Trainer does: forward in bf16, loss of all tokens, backward,
-clipping, fused AdamW. Peak memory is that of a fresh process after one step. `terms` are the two terms alone.
+batch. A ratio is the median over rounds of (a method's time / plain time) with its 95 % bootstrap interval, by the
+clock and by processor seconds, which do not count other people's work. A step is what Trainer does: forward in bf16,
+loss of all tokens, backward, clipping, fused AdamW. Peak memory is a fresh process's after one step.
 """
 from __future__ import annotations
 

@@ -37,10 +37,7 @@ def user_path(path: Path | str) -> Path:
 
 @contextlib.contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error.
-
-    Raises whatever the block raises; nothing is left behind then.
-    """
+    """Yield a temporary path beside `path`; it becomes `path` if the block ends well, else nothing is left."""
     path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=PARTIAL, suffix=path.suffix, dir=path.parent)
@@ -116,10 +113,9 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def read_json(path: Path | str, *, keys: Collection[str] = ()) -> Any:
-    """The value in a JSON file, or None if there is no such file.
+    """The value in a JSON file, or None if there is none. keys: what it must have, which then is an object.
 
-    keys: what the value must have, which then is an object. Raises `RunError` naming a file that is empty, damaged
-    or without these keys, with what to delete.
+    Raises `RunError` naming a file that is empty, damaged or without these keys, with what to delete.
     """
     path = user_path(path)
     if not path.exists():

@@ -73,12 +73,10 @@ def make_trainer(method: str, model: nn.Module, arguments: TrainingArguments, *,
                  eval_dataset: Sequence[dict] | None = None, callbacks: list | None = None) -> CarmaTrainer:
     """The trainer of a method for rows with `target_id` or `labels`, ready to `train()`.
 
-    strength: the method's main hyperparameter, None for its default. Training rows come as they are: those of
-    `synonym_augmentation` hold the copies already. A batch of `r_drop` has half as many items, each passed
-    twice, so that every method's step costs the same. The logged `task_loss` is the cross-entropy alone, whatever
-    a method adds to it.
-
-    Raises `ValueError` for an unknown method, "untuned", or a strength that is not above 0.
+    strength: the method's main hyperparameter, None for its default. Rows of `synonym_augmentation` hold the copies
+    already. A batch of `r_drop` has half as many items, each passed twice, so that every method's step costs the same.
+    The logged `task_loss` is the cross-entropy alone. `ValueError` for an unknown method, "untuned", or a strength
+    that is not above 0.
     """
     if check_method(method) == "untuned":
         raise ValueError("an untuned model is not trained; take its start as it is")

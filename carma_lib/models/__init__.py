@@ -53,10 +53,9 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int,
 
 def small_model(family: str, tokenizer: PreTrainedTokenizerFast, *, layers: int = 4, width: int = 128,
                 heads: int = 4, max_length: int = 256, seed: int = 0) -> PreTrainedModel:
-    """A randomly initialised causal language model of a family, from its configuration.
+    """A causal language model of a family with the random weights of a seed.
 
-    seed: of the weights; the same seed gives the same weights. Raises `ValueError` for an unknown family or
-    a width that the heads do not divide.
+    Raises `ValueError` for an unknown family or a width that the heads do not divide.
     """
     if family not in SMALL_FAMILIES:
         raise ValueError(f"unknown family '{family}' for a small model; the families are {', '.join(SMALL_FAMILIES)}")
@@ -115,14 +114,13 @@ def load_model(start: str | Path, *, dtype: torch.dtype | str = torch.float32,
     """A causal language model and its fast tokenizer; never runs code that comes with a model.
 
     start: a name that pip fetches (`pretrained.names`), a folder, or a hub id. A folder written by `save_adapter` gives
-    the model that its adapter belongs to, with the adapter. A name that is also a folder here is refused: "./name" is
-    the folder.
+    the adapter's model with the adapter.
     dtype: of the weights, whatever a checkpoint stores; "auto" keeps it as it is stored. four_bits: quantised to NF4,
-    for a frozen start (QLoRA, arXiv 2305.14314); needs CUDA and bitsandbytes. What is stored quantised is loaded so.
+    for a frozen start (QLoRA, arXiv 2305.14314); needs CUDA and bitsandbytes.
 
-    Raises `ModelNotFound` for a model that is absent, gated, damaged or pickled, for weights that do not cover it or
-    are not finite, and for more tokens than embeddings; `RunError` where pip cannot fetch it; `TypeError` for one
-    without a fast tokenizer; `ValueError` where four bits or adapters are not to be had here.
+    Raises `ModelNotFound` for a model that is absent, gated, damaged or pickled, weights that do not cover it or are
+    not finite, and more tokens than embeddings; `RunError` where pip cannot fetch it; `TypeError` for one without a
+    fast tokenizer; `ValueError` where four bits or adapters are not to be had here.
     """
     where = _place(start)
     adapter = read_json(Path(where) / "adapter_config.json", keys=["base_model_name_or_path"])
@@ -180,11 +178,8 @@ def _some(names: Iterable[str]) -> str:
 
 
 def native_bf16() -> bool:
-    """Whether the processor that trains here computes bfloat16 itself, so that autocast to it makes training faster.
-
-    With a GPU, what the GPU does without emulation. Without one, whether PyTorch's oneDNN may use AVX-512's or AMX's
-    bfloat16 instructions; a processor that PyTorch cannot describe counts as without.
-    """
+    """Whether what trains here computes bfloat16 itself, so that autocast to it is faster: a GPU without emulation, else
+    a processor with AVX-512's or AMX's bfloat16 instructions for PyTorch's oneDNN."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     can = getattr(torch.cpu, "get_capabilities", dict)()
@@ -212,8 +207,7 @@ def save_adapter(model: nn.Module, folder: Path, *, start: str | Path, home: Pat
                  weights: dict[str, torch.Tensor] | None = None) -> None:
     """Save an adapter alone with its start: a name or hub id as it is, a folder relative to `home`, so that both may move.
 
-    home: the folder that `folder` will become, if it is a temporary one. weights: the model's, gathered, if it is
-    spread over processes.
+    home: what `folder` will become, if it is a temporary one. weights: gathered ones, if processes share the model.
     """
     model.save_pretrained(folder, state_dict=weights)
     config = read_json(folder / "adapter_config.json")

@@ -23,12 +23,10 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """How a pretrained model is fine-tuned on a kind of task.
+    """How a pretrained model is fine-tuned on a kind of task; both terms read blocks 0 to `last_layer`.
 
-    `published` names the values that are published for this model and task, `defaults` those that the published
-    code has for every model; the others are ours.
-    Both terms read blocks 0 to `last_layer`. epochs: passes over the training rows. pooling_start_layers: the
-    published ones, None where none are.
+    `published` names the values that are published for this model and task, `defaults` those that the published code
+    has for every model; the others are ours.
     """
 
     carma_weight: float
@@ -72,14 +70,13 @@ def prompt_for(kind: str, family: str = "default", *, pretrained: bool = False) 
 
 
 def settings_for(name: str, kind: str, *, num_layers: int) -> ModelSettings:
-    """The settings of a model and kind of task: published where they are, else scaled from its depth.
+    """The settings of a model (hub id or folder) and kind of task: published where they are, else scaled from its depth.
 
-    Ours, for what is not published: λ, batch and epochs are the medians of the published settings, seeds the
-    four used most, and both terms read blocks 0 to round(0.3 × num_layers), at least 1 (the median published
-    share of the depth is 0.28). A name that the table knows with another number of blocks is another model.
+    Ours, for what is not published: λ, batch and epochs are the medians of the published settings, seeds the four used
+    most, and both terms read blocks 0 to round(0.3 × num_layers), at least 1 (the median published share of the depth
+    is 0.28). A name that the table knows with another number of blocks is another model.
 
-    name: hub id or folder. num_layers: decoder blocks. Raises `ValueError` for an unknown kind or fewer than
-    two blocks, which leave no layers to compare.
+    Raises `ValueError` for an unknown kind or fewer than two blocks, which leave no layers to compare.
     """
     if kind not in read_table()["prompts"]:
         raise ValueError(f"unknown kind of task '{kind}'; the kinds are {', '.join(read_table()['prompts'])}")
