@@ -101,12 +101,14 @@ def main(arguments: list[str] | None = None) -> int:
 def end_children(spare: Collection[int] = ()) -> None:
     """Kill the kernels and workers that this process started; what they have finished is whole, however they end.
 
-    spare: ids of children that stay, with theirs: those of whoever called us.
+    spare: ids of children that stay, with theirs: those of whoever called us. Python's trackers of semaphores end by
+    themselves, and a new one would complain of every semaphore that it does not know.
     """
     children = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
-            children += [child, *child.children(recursive=True)] if child.pid not in spare else []
+            found = [child, *child.children(recursive=True)] if child.pid not in spare else []
+            children += [one for one in found if "resource_tracker" not in " ".join(one.cmdline())]
     for child in children:
         with contextlib.suppress(psutil.Error):
             child.kill()
@@ -154,6 +156,7 @@ def _command(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     from carma_lib.lab.plan import read_sweep
+    from carma_lib.lab.run import names_of
     from carma_lib.lab.sweep import Where, plan_text, run_sweep
 
     sweep, where = read_sweep(options.file), Where(options.workers, options.scheduler, options.slurm)
@@ -162,8 +165,9 @@ def _sweep(options: argparse.Namespace) -> int:
         return 0
     report, failed = run_sweep(sweep, where, retries=options.retries)
     print(f"{len(sweep.cells) - len(failed)} of {len(sweep.cells)} cells done")
+    names = names_of(sweep.cells)
     for cell, reason in failed.items():
-        print(f"  failed: {cell.name}: {reason}")
+        print(f"  failed: {names[cell]}: {reason}")
     print(report)
     return 1 if failed else 0
 

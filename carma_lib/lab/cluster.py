@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -48,8 +49,10 @@ def default_workers(gpus_each: int = 1) -> int:
 def local_client(workers: int | None = None, *, gpus_each: int = 1) -> Iterator[Client]:
     """A client of `workers` processes of this machine, each with GPUs of its own if there are some.
 
-    A lost worker is replaced; all end with this process. `ValueError` for fewer than one worker.
+    A lost worker is replaced; all end with this process. `ValueError` for fewer than one worker, `RunError` if they do
+    not start.
     """
+    end_if_worker()
     groups, workers = gpu_groups(gpus_each), default_workers(gpus_each) if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
@@ -60,7 +63,11 @@ def local_client(workers: int | None = None, *, gpus_each: int = 1) -> Iterator[
     with dask.config.set(SETTINGS):
         # Workers that are killed leave semaphores behind, which Python would report after everything else.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-        cluster = SpecCluster(workers=spec, scheduler=scheduler, silence_logs="CRITICAL")
+        try:
+            cluster = SpecCluster(workers=spec, scheduler=scheduler, silence_logs="CRITICAL")
+        except RuntimeError:  # of Dask, pages long, whatever ended the workers
+            raise RunError("the workers end as they start; a script that is run by its file must make its calls under "
+                           "'if __name__ == \"__main__\":', since every worker reads it again") from None
         client = Client(cluster, set_as_default=False)
         try:
             yield client
@@ -74,11 +81,18 @@ def local_client(workers: int | None = None, *, gpus_each: int = 1) -> Iterator[
                 cluster.close(timeout=3)
 
 
+def end_if_worker() -> None:
+    """End a worker that, as it starts, comes here by reading its parent's script again: its parent tells why."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(1)
+
+
 def _kill(cluster: SpecCluster) -> None:
     """End the workers at once, also in the middle of a training, which closing would wait for."""
     for nanny in cluster.workers.values():
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            os.kill(nanny.pid, signal.SIGKILL)
+        if pid := getattr(nanny, "pid", None):  # None: it has ended, or the next is not there yet
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from carma_lib.files import RunError, locked, remove_partial, write_json
 from carma_lib.lab.cell import Cell, cell_folder
-from carma_lib.lab.cluster import local_client
+from carma_lib.lab.cluster import end_if_worker, local_client
 from carma_lib.lab.recipe import EXAMPLES
 from carma_lib.lab.start import steps_of
 from carma_lib.lab.study import Study, best_trials, chosen
@@ -50,6 +50,7 @@ def run(cells: Iterable[Cell], folder: Path, client: Client | None = None, *, wo
     cells = list(dict.fromkeys(cells))
     if retries < 0:
         raise ValueError(f"retries is {retries}; it must be at least 0")
+    end_if_worker()
     with locked(folder / "cells" / "lock", busy=f"{folder} is in use by another run; wait for it, or give another folder"):
         for task in dict.fromkeys(name for cell in cells for name in (
                 cell.task, *cell.recipe.tokenizer_tasks, *(text for text in cell.recipe.plain_texts if text != EXAMPLES))):
@@ -63,6 +64,13 @@ def run(cells: Iterable[Cell], folder: Path, client: Client | None = None, *, wo
         if collect:
             collect()
         return book.failed
+
+
+def names_of(cells: Iterable[Cell]) -> dict[Cell, str]:
+    """What people read of each cell; where several share a name, as trials of learning rates do, with its key."""
+    cells = list(cells)
+    shared = Counter(cell.name for cell in cells)
+    return {cell: cell.name if shared[cell.name] == 1 else f"{cell.name}-{cell.key}" for cell in cells}
 
 
 def run_trials(study: Study, folder: Path, archive: Path, *, workers: int | None = None) -> None:
@@ -94,7 +102,7 @@ class _Book:
     def __init__(self, folder: Path, cells: list[Cell], stage: Stage, elsewhere: Callable[[Cell], bool]) -> None:
         self.folder, self.stage = folder, stage
         self.states = {cell: "done" if elsewhere(cell) or is_done(folder, cell, stage) else "open" for cell in cells}
-        self.failed: dict[Cell, str] = {}
+        self.names, self.failed = names_of(cells), dict[Cell, str]()
         self.save()
 
     @property
@@ -105,14 +113,14 @@ class _Book:
         self.states[cell] = state
         if state == "failed":
             self.failed[cell] = reason
-            tqdm.write(f"{cell.name} failed: {reason}\n  {cell_folder(self.folder, cell) / 'failure.txt'}")
+            tqdm.write(f"{self.names[cell]} failed: {reason}\n  {cell_folder(self.folder, cell) / 'failure.txt'}")
 
     def save(self) -> None:
         cells = {}
         for cell, state in self.states.items():
             counts = Counter(line.get("state") for line in attempts(cell_folder(self.folder, cell)))
             lost = counts["begun"] - counts["done"] - counts["failed"] if state != "open" else 0
-            cells[cell.name] = {"state": state, "attempts": counts["begun"], "lost": lost, "place": cell.place.as_posix(),
+            cells[self.names[cell]] = {"state": state, "attempts": counts["begun"], "lost": lost, "place": cell.place.as_posix(),
                                 **({"reason": self.failed[cell]} if cell in self.failed else {})}
         states = Counter(self.states.values())
         write_json(self.folder / "cells" / "status.json", {
@@ -196,7 +204,7 @@ def _settle(book: _Book, cell: Cell, future: Future, *, stop: bool) -> None:
               if isinstance(error, KilledWorker) else one_line(error))
     book.put(cell, "failed", reason)
     if stop:
-        raise CellFailed(f"{cell.name}: {reason}") from error
+        raise CellFailed(f"{book.names[cell]}: {reason}") from error
 
 
 def _share(folder: Path, cell: Cell) -> float:
