@@ -78,13 +78,3 @@ def wordnet_database():
         return wordnet()
     except WordNetNotFound as error:
         _missing(str(error))
-
-
-#: Seen to fail and not yet mended: a stopped sweep ends with exit code 1. To be mended, not kept.
-OPEN_FAULTS = ("test_a_stopped_sweep_ends_at_once_with_one_line_and_goes_on",)
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.name.split("[")[0] in OPEN_FAULTS:
-            item.add_marker(pytest.mark.xfail(reason="an open fault, see OPEN_FAULTS", strict=False))

@@ -129,6 +129,19 @@ def test_cells_are_made_in_their_order(folder, client):
     assert [cell for cell in begun if cell != begun[0]] == [cell for cell in cells if cell != begun[0]]
 
 
+def test_cells_of_one_name_are_told_apart(folder, client, capsys):
+    cells = [cell_of(learning_rate=rate, trial=True) for rate in (0.01, 0.02)]
+    assert cells[0].name == cells[1].name
+    for cell in cells:
+        block(folder, cell)
+    assert set(run([*cells, cell_of("untuned")], folder, client, errors="collect", stage="trained")) == set(cells)
+    listed = read_json(folder / "cells" / "status.json")["cells"]
+    assert {name: facts["state"] for name, facts in listed.items()} == {
+        **{f"{cell.name}-{cell.key}": "failed" for cell in cells}, cell_of("untuned").name: "done"}
+    said = "".join(capsys.readouterr())
+    assert all(f"{cell.name}-{cell.key} failed: " in said for cell in cells)
+
+
 def test_an_archive_keeps_finished_cells_and_gives_them_back(trained_run, tmp_path):
     cells = [cell_of("fine_tuning"), cell_of("carma")]
     pack(trained_run, cells[:1], tmp_path)
@@ -223,6 +236,15 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     parent.kill()
     parent.wait()
     assert not psutil.wait_procs(children, timeout=20)[1]
+
+
+def test_a_script_without_a_guard_is_told_so_in_one_line(tmp_path):
+    (tmp_path / "script.py").write_text("from carma_lib.lab.cluster import local_client\nwith local_client(2):\n    pass")
+    ended = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, cwd=ROOT,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 1 and ended.stderr.count("Traceback") == 1
+    assert re.fullmatch(r"carma_lib\.files\.RunError: the workers end as they start; .*'if __name__ == \"__main__\":'.*",
+                        ended.stderr.rstrip().splitlines()[-1])
 
 
 def test_workers_have_their_own_settings_and_wrong_numbers_are_refused():
