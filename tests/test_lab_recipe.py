@@ -119,7 +119,8 @@ def test_a_small_start_has_defaults_but_needs_a_length_and_seeds():
 
 @pytest.mark.parametrize(("wrong", "seeds", "named"), [
     ({}, (1,), "no steps or epochs for sentiment"), ({"steps": {"inverse_dictionary": 3}}, (1,), "no steps or epochs for sentiment"),
-    ({"steps": 3}, (), "no seeds"), ({"stepps": 3}, (1,), "unknown setting 'stepps'; there are accumulation"),
+    ({"steps": 3}, (), "no seeds"), ({"stepps": 3}, (1,), "unknown setting 'stepps'; did you mean 'steps'?"),
+    ({"lorem": 3}, (1,), "unknown setting 'lorem'; there are accumulation"),
     ({"stepps": {"sentiment": 3}}, (1,), "unknown setting 'stepps'"), ({"steps": {"sentiment": "3"}}, (1,), "'steps'"),
     ({"steps": 3, "epochs": 1}, (1,), "steps and epochs are both given"), ({"steps": 3, "layers": 1, "mi_layers": (0, 1), "warmup_steps": 1}, (1,), "stability_layers"),
     ({"steps": 50}, (1,), "warmup_steps")], ids=str)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pandas as pd
@@ -51,6 +52,8 @@ def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
+        if close := get_close_matches(str(first["loc"][-1]), kind.model_fields, n=1, cutoff=0.75):
+            return f"unknown setting '{name}'; did you mean '{close[0]}'?"
         return f"unknown setting '{name}'; there are {', '.join(sorted(kind.model_fields))}"
     if first["type"] == "missing":
         return f"'{name}' is missing"
