@@ -218,6 +218,7 @@ def test_a_stopped_sweep_ends_at_once_with_one_line_and_goes_on(tmp_path, number
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
+    print(process.returncode, errors[-1500:])
     last = errors.rstrip().splitlines()[-1]
     assert process.returncode == code and "what is done is kept, the same command goes on" in last
     assert "Traceback" not in errors and not psutil.wait_procs(children, timeout=20)[1]
