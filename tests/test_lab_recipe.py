@@ -24,6 +24,7 @@ def refused(call, *named):
 
 
 @pytest.mark.parametrize(("wrong", "named"), [
+    (dict(start="random:"), "start 'random:' needs"), (dict(start="random:base"), "start 'random:base' needs"),
     (dict(stepps=3), "unknown setting 'stepps'"), (dict(steps=0), "'steps'"), (dict(steps=-5), "'steps'"),
     (dict(steps="6"), "'steps'"), (dict(steps=6.0), "'steps'"), (dict(steps=True), "'steps'"), (dict(epochs=0, steps=None), "'epochs'"),
     (dict(epochs=2), "steps and epochs"), (dict(batch_size=0), "'batch_size'"), (dict(accumulation=3), "accumulation × processes = 3"),

@@ -67,9 +67,10 @@ class Training(_Strict):
     """How a cell's model is made.
 
     start: "random" weights of a small model, "base" for such a model trained on plain text first, else the name,
-    hub id or folder of a pretrained model; "random:" before one takes its shape and tokenizer with new weights. family, layers, width, heads, vocabulary_size: of a small model; its
-    tokenizer (and base model) is made of the training texts of `tokenizer_tasks`, without any of the cell's task.
-    base_steps, base_learning_rate: of the language modelling that makes a base model.
+    hub id or folder of a pretrained model; "random:" before one takes its shape and tokenizer with new weights. family,
+    layers, width, heads, vocabulary_size: of a small model; its tokenizer (and base model) is made of the training texts
+    of `tokenizer_tasks`, without any of the cell's task. base_steps, base_learning_rate: of the language modelling that
+    makes a base model.
 
     steps, or epochs over the training rows. batch_size: rows of a step, over `accumulation` micro-batches and
     `processes` (above 1: FSDP through torchrun). schedule: "linear" decay after `warmup_steps`, or "constant";
@@ -172,6 +173,8 @@ class Recipe(Training, Testing):
         if self.batch_size and self.batch_size % (self.accumulation * self.processes):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation × processes = "
                              f"{self.accumulation * self.processes}")
+        if self.start == RANDOM or self.pretrained in SMALL_STARTS and not self.small:
+            raise ValueError(f"start '{self.start}' needs the name, hub id or folder of a pretrained model after '{RANDOM}'")
         if self.adapter != "none" and not self.has_pretrained_weights:
             raise ValueError(f"adapter '{self.adapter}' needs pretrained weights; leave it at 'none' for random ones")
         if self.adapter == "qlora" and self.processes > 1:

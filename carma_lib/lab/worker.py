@@ -21,8 +21,10 @@ from carma_lib.lab.cell import RULES, Cell, cell_folder, checksums_of, is_tested
 from carma_lib.lab.evaluate import changed_answers, finish, replacements, test_splits
 from carma_lib.lab.measure import measured
 from carma_lib.lab.memory import check_loading, check_memory
+from carma_lib.lab.recipe import EXAMPLES
 from carma_lib.lab.start import config_of, make_base, steps_of, tokenizer_of, training_rows
 from carma_lib.lab.train import Trained, tested_clean, trained
+from carma_lib.synonyms.wordnet import wordnet
 
 Stage = Literal["trained", "tested"]
 
@@ -49,6 +51,8 @@ def prepare(folder: Path, cells: list[Cell], sharing: int, stage: Stage) -> None
             check_loading(first.recipe.start, config, first.recipe)
         check_memory(config, first.recipe, tokens=max(len(row["input_ids"]) for row in rows), workers=sharing)
     if stage == "tested" and not all(cell.trial for cell in cells):
+        if EXAMPLES in first.recipe.plain_texts:
+            wordnet()  # else its lack would be told after the training
         for split in first.recipe.changed_splits or test_splits(folder, first):
             replacements(folder, first, split)
 
