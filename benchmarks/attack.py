@@ -158,7 +158,7 @@ def strike(target: Target, child: subprocess.Popen, log: Path, moment: float, dr
     if number != signal.SIGKILL and code:  # 0: it had ended by itself before the signal came
         last = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()[-1:]
         wrong += [f"exit code {code}"] * (code != 128 + number) + [f"{took:.1f} s to end"] * (took > 5)
-        wrong += ["no last line"] * (not last or not last[0].startswith("carma_lib: "))
+        wrong += [f"last line: {''.join(last)[-200:]!r}"] * (not last or not last[0].startswith("carma_lib: "))
         wrong += ["a traceback"] * ("Traceback" in log.read_text(errors="replace"))
     wrong += _left(target.name)
     return {**fact, "seconds": round(took, 1), "wrong": "; ".join(wrong)}

@@ -5,7 +5,9 @@
 Plain fine-tuning, CARMA with its default layers (blocks 0 to 9), and the dense terms of before take turns on one
 batch. A ratio is the median over rounds of (a method's time / plain time) with its 95 % bootstrap interval, by the
 clock and by processor seconds, which do not count other people's work. A step is what Trainer does: forward in bf16,
-loss of all tokens, backward, clipping, fused AdamW. Peak memory is a fresh process's after one step.
+loss of all tokens, backward, clipping, fused AdamW. Peak memory is that of a fresh process after one step, the median
+of three such processes, since one process's peak varies by some per cent. What a call does not measure stays in the
+file: --no-terms --methods --memory-lengths 2048 measures one memory again.
 """
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ import transformers
 from dense import DenseLoss
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from carma_lib.files import write_json
+from carma_lib.files import read_json, write_json
 from carma_lib.losses import CarmaConfig, CarmaLoss
 from carma_lib.trainer import CarmaTrainer
 
@@ -143,10 +145,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     report = {"device": "cpu", "device_name": platform.processor() or platform.machine(), "threads": options.threads,
               "precision": "bf16 autocast", "torch": torch.__version__, "transformers": transformers.__version__,
-              "shape": SHAPE, "steps": [], "terms": [], "memory": []}
+              "shape": SHAPE}
+    before = read_json(options.out) or {}
+    again = {"terms": options.lengths if options.terms else [], "steps": options.lengths if options.methods else [],
+             "memory": options.memory_lengths}
+    for part, lengths in again.items():
+        report[part] = [record for record in before.get(part, ()) if record["length"] not in lengths]
 
     def keep(part: str, record: dict) -> None:
-        report[part].append(record)
+        report[part] = sorted([*report[part], record], key=lambda each: each["length"])
         write_json(options.out, report)
         print(part, record, flush=True)
 
@@ -163,9 +170,12 @@ def main() -> None:
     del bench
     for length in options.memory_lengths:
         for checkpointing in (False, True):
-            peaks = {method: peak_of(method, length, checkpointing, options.threads) for method in ("plain", "carma")}
+            found = [{method: peak_of(method, length, checkpointing, options.threads) for method in ("plain", "carma")}
+                     for _ in range(3)]
+            peaks = {method: int(np.median([each[method] for each in found])) for method in ("plain", "carma")}
+            spread = {f"{method}_of_three": sorted(each[method] for each in found) for method in peaks}
             keep("memory", {"length": length, "gradient_checkpointing": checkpointing, **peaks,
-                            "ratio": peaks["carma"] / peaks["plain"]})
+                            "ratio": peaks["carma"] / peaks["plain"], **spread})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "book")]
 
+import nbformat  # noqa: E402
+
 import carma_lib  # noqa: E402
+from carma_lib.report.page import figure_texts  # noqa: E402
 
 project, author, release = "CARMA notebooks", "The CARMA notebooks maintainers", carma_lib.__version__
 copyright = author
@@ -94,8 +97,16 @@ def _modules(comment: re.Match) -> str:
 
 
 def as_page(app, name, source):
-    """A page as the book shows it: contents after README, links for badges from the web, modules with docstrings."""
+    """A page as the book shows it: contents after README, links for badges from the web, modules with docstrings.
+
+    The pictures of a notebook have their captions as text for screen readers.
+    """
     source[0] = MODULES.sub(_modules, BADGE.sub(r"[\1](\2)", source[0]))
+    if name.startswith("notebooks/"):
+        notebook = nbformat.reads(source[0], as_version=4)
+        for place, text in figure_texts(notebook.cells).items():
+            notebook.cells[place].metadata["mystnb"] = {"image": {"alt": text}}
+        source[0] = nbformat.writes(notebook)
     if name == root_doc:
         source[0] += CONTENTS
 

@@ -35,6 +35,13 @@ def user_path(path: Path | str) -> Path:
         raise RunError(f"{path}: there is no such home folder; write the folder's full path") from error
 
 
+def ignore_in_children(warning: str) -> None:
+    """Add `warning` ("ignore:MESSAGE…") to `PYTHONWARNINGS`, which the processes started from now on inherit."""
+    said = os.environ.get("PYTHONWARNINGS", "")
+    if warning not in said.split(","):
+        os.environ["PYTHONWARNINGS"] = f"{said},{warning}" if said else warning
+
+
 @contextlib.contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it becomes `path` if the block ends well, else nothing is left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +22,7 @@ from carma_lib.methods import METHODS
 from carma_lib.models import load_config
 from carma_lib.pooling import PROTOCOLS
 from carma_lib.tasks import TASKS, task_named
+from carma_lib.tasks import file as own
 from carma_lib.tasks.controlled.lexicon import lexicon_file
 from carma_lib.tasks.wordnet import SPLIT_KEYS
 
@@ -128,11 +130,30 @@ def make_plan(profile: str, *, run_dir: Path | None = None, settings: dict[str, 
             parameters["run_dir"] = str(run_dir)
     _apply_settings(settings or {}, chosen, known)
     for name, parameters in chosen.items():
+        for setting in ("tasks", "further_tasks"):
+            if isinstance(parameters.get(setting), list):
+                parameters[setting] = [_checked_file(task, root) for task in parameters[setting]]
         _check_types(name, parameters, known[name])
         if "recipe" in parameters:
             parameters["recipe"] = _merged(known[name]["recipe"], parameters["recipe"])
     _check_values({name: {**known[name], **parameters} for name, parameters in chosen.items()})
     return Plan(profile, run_dir, tuple(notebooks), chosen)
+
+
+def _checked_file(task: Any, root: Path) -> Any:
+    """A task; if it is a file of one's own, its path as the notebooks find it, which run in the root.
+
+    Its rows are checked. Raises `RunError` for a file that is not there or that breaks the rules.
+    """
+    if not isinstance(task, str) or not own.is_file_name(task):
+        return task
+    if not (path := root / user_path(task)).is_file():
+        path = Path.cwd() / user_path(task)
+        if not path.is_file():
+            raise RunError(f"{task}: there is no such file; give the path of your data, from {Path.cwd()} or whole")
+        task = str(path)
+    own.build_rows(file=str(path), name="own", content=own.content_of(path), seed=0, split_sizes=own.SPLIT_SIZES)
+    return task
 
 
 def _declared_parameters(notebook: Notebook) -> dict[str, Any]:
@@ -197,6 +218,7 @@ def _check_values(parameters: dict[str, dict[str, Any]]) -> None:
                 load_config(values["start"])
             if "plan" in values and "changes" in values:
                 study = read_study(project_root() / values["plan"], values["changes"])
+                study.cells(defaultdict(lambda: 1e-3), {})  # which checks every cell's recipe
                 if unknown := [block for block in values.get("blocks", ()) if block not in study.blocks]:
                     raise ValueError(f"the plan has no block '{unknown[0]}'; it has {', '.join(study.blocks)}")
             for setting in ("archive", "trials_from"):

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from carma_lib.files import PARTIAL, RunError, locked, remove_partial, sha256_of, whole_file, write_json
+from carma_lib.files import PARTIAL, RunError, ignore_in_children, locked, remove_partial, sha256_of, whole_file, write_json
 from carma_lib.manifest import MANIFEST, Notebook, Plan, make_plan, project_root, read_status, run_folder, source_of
 
 __all__ = ["check_run_folder", "execute", "project_root", "publish", "run_folder", "tidy_notebook", "versions"]
@@ -175,7 +175,7 @@ def _kernel_config() -> Any:
     """
     from traitlets.config import Config
 
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # kernels inherit it
+    ignore_in_children("ignore:IProgress not found")
     if os.name != "posix":
         return Config()
     return Config({"KernelManager": {"transport": "ipc", "ip": f"{tempfile.gettempdir()}/carma-{os.getpid()}"}})

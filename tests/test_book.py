@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pandas as pd
 import pytest
 from browser import chromium, errors_of, needs_chromium
@@ -67,6 +68,16 @@ def test_every_link_has_its_place_and_nothing_comes_from_the_web(book):
     assert not broken, "\n".join(broken)
 
 
+def test_a_notebook_that_is_named_is_linked():
+    """On the repository's page as in the book: no reader has to look for "notebook 5" in a list."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (*ROOT.glob("book/*.md"), ROOT / "README.md")}
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        texts[path] = "\n\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+    bare = {path.name: [found for found in re.findall(r"[Nn]otebooks? (\d+)", re.sub(r"\[[^\]]*\]\([^)]*\)", "", text))
+                        if not path.name.startswith(f"{int(found):02d}_")] for path, text in texts.items()}
+    assert len(texts) > 20 and not {name: found for name, found in bare.items() if found}
+
+
 def test_the_reference_names_every_module():
     import conf
     named = {module for page in (ROOT / "book/reference").glob("*.md")
@@ -111,6 +122,7 @@ const wide = [...document.querySelectorAll("article *")].filter(each => {
   return true; }).slice(0, 3).map(each => each.outerHTML.slice(0, 100));
 return {scroll: root.scrollWidth - width, wide: wide,
   broken: [...document.images].filter(each => !each.complete || !each.naturalWidth).map(each => each.src),
+  untold: [...document.images].filter(each => !/\\w \\w/.test(each.alt)).map(each => each.src),
   raw: [...document.querySelectorAll(".math")].filter(each => !each.querySelector("mjx-container")).length,
   stray: [...document.querySelectorAll("article p, article li, article td")].filter(each => {
     if (each.closest("dl.py")) return false;

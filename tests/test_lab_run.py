@@ -207,7 +207,7 @@ def test_a_stopped_sweep_ends_at_once_with_one_line_and_goes_on(tmp_path, number
                                                                if key not in ("rates", "depth_shares", "protocols", "levels", "test_splits", "test_items", "pooled_items", "measures")},
                                                              "steps": 100_000})
     process = subprocess.Popen([sys.executable, "-m", "carma_lib", "sweep", str(file), "--workers", "2"], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONWARNINGS": "ignore:own"},
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     cells = read_sweep(file).cells
     try:
@@ -244,7 +244,7 @@ def test_a_script_without_a_guard_is_told_so_in_one_line(tmp_path):
     ended = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, cwd=ROOT,
                            env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert ended.returncode == 1 and ended.stderr.count("Traceback") == 1
-    assert re.fullmatch(r"carma_lib\.files\.RunError: the workers end as they start; .*'if __name__ == \"__main__\":'.*",
+    assert re.fullmatch(r"carma_lib\.files\.RunError: the workers end as they start \(.+\); .*'if __name__ == \"__main__\":'.*",
                         ended.stderr.rstrip().splitlines()[-1])
 
 

@@ -33,8 +33,11 @@ def test_manifest_lists_every_notebook_in_order():
 
 
 @pytest.mark.parametrize("profile", list(manifest.read_manifest(ROOT)[1]))
-def test_every_profile_makes_a_plan(profile):
+def test_every_profile_makes_a_plan(profile, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.csv").write_text("text,target\n" + "".join(f"the number {each},word{each % 2}\n" for each in range(20)))
     plan = manifest.make_plan(profile, root=ROOT)
+    assert profile != "own" or plan.parameters["02_finetune"]["tasks"] == [str(tmp_path / "my.csv")]  # notebooks run in the root
     assert plan.notebooks and "will run" in manifest.describe(plan, resume=False)
 
 
@@ -266,7 +269,7 @@ def test_every_command_that_the_readme_and_help_show_makes_a_plan(tmp_path, monk
     pages = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "book").glob("*.md")]
                     if path.stem != "extending")  # whose task is not there until the page is applied
     monkeypatch.chdir(tmp_path)
-    Path("my.csv").write_text("text,target\n" + "".join(f"the number {each},word\n" for each in range(20)))
+    Path("my.csv").write_text("text,target\n" + "".join(f"the number {each},word{each % 2}\n" for each in range(20)))
     shown = re.findall(r"-m carma_lib (run[^\n#`]*)", EPILOG + pages)
     assert len(shown) >= 6
     for line in shown:

@@ -203,7 +203,8 @@ def run_folder(tmp_path_factory):
     notebook = nbformat.v4.new_notebook(cells=[
         nbformat.v4.new_markdown_cell("# A <made> study\n\nWith $\\lambda = 0.2$ and `$x$`, for \\$5:\n\n"
                                       "$$L = (1 - \\lambda) L_\\mathrm{task} + \\lambda L_\\mathrm{CARMA}$$"),
-        nbformat.v4.new_code_cell("import matplotlib.pyplot as plt\nplt.plot([1, 2])"),
+        nbformat.v4.new_code_cell("%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])"),
+        nbformat.v4.new_markdown_cell("**Figure 1.** A *line*, as in [notebook 2](02_absent.ipynb) and [here](01_made.ipynb). More."),
         nbformat.v4.new_code_cell("import sys\nprint('printed' + '_text')\n"
                                   "print('a progress bar', file=sys.stderr)"),
         nbformat.v4.new_markdown_cell("[![a badge](https://example.org/badge.svg)]"
@@ -242,6 +243,8 @@ def test_report_stands_alone_and_every_link_has_its_target(run_folder):
     assert len(inside) == len(page.links) - 1
     assert all(link[0] == "#" and link[1:] in page.ids for link in inside)
     assert [f"#claim-{number}" in page.links for number in (1, 2, 3, 4)] == [True] * 4
+    assert "#notebook-1" in page.links and "as in notebook 2 and" in text
+    assert 'alt="Figure 1: A line, as in notebook 2 and here."' in text
     assert "¶" not in text and ">a badge</a>" in text
     assert "a progress bar" not in re.sub(r"<details class=\"code\">.*?</details>", "", text, flags=re.S)
     assert "A &lt;run&gt;" in text and "printed_text" in text and "a&lt;b" in text

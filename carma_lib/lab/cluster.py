@@ -18,7 +18,7 @@ import yaml
 from distributed import Client, Nanny, Scheduler, SpecCluster
 from tqdm import tqdm
 
-from carma_lib.files import RunError, reading
+from carma_lib.files import RunError, ignore_in_children, reading
 
 LOST_WORKERS = 3  # so many workers may be lost to a cell before it counts as what kills them
 #: Of every local worker, set before it starts: threads that do not spin, and large buffers that are kept.
@@ -62,12 +62,12 @@ def local_client(workers: int | None = None, *, gpus_each: int = 1) -> Iterator[
     scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1", "port": 0}}
     with dask.config.set(SETTINGS):
         # Workers that are killed leave semaphores behind, which Python would report after everything else.
-        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+        ignore_in_children("ignore:resource_tracker:UserWarning")
         try:
             cluster = SpecCluster(workers=spec, scheduler=scheduler, silence_logs="CRITICAL")
-        except RuntimeError:  # of Dask, pages long, whatever ended the workers
-            raise RunError("the workers end as they start; a script that is run by its file must make its calls under "
-                           "'if __name__ == \"__main__\":', since every worker reads it again") from None
+        except RuntimeError as error:  # of Dask, which has not seen what ended the workers
+            raise RunError(f"the workers end as they start ({' '.join(str(error).split())[:80]}); if a script was run by its file, its "
+                           "calls must be under 'if __name__ == \"__main__\":', since every worker reads it again") from None
         client = Client(cluster, set_as_default=False)
         try:
             yield client

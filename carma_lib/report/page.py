@@ -36,6 +36,8 @@ _AGAIN = "delete it and run its notebook again (--resume), then the report"
 _CODE = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]*`)", re.S)
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)", re.S)
 _REMOTE_IMAGE = re.compile(r"!\[([^\]]*)\]\(https?:[^)]*\)")
+_NOTEBOOK_LINK = re.compile(r"\[([^\]]*)\]\(([^():]*\.ipynb)\)")
+_CAPTION = re.compile(r"\*\*(Figure[^*]*?)\.?\*\*:?\s*(.+?)(?:(?<=[.])\s|$)", re.S)
 #: What matplotlib does not know and can do without.
 _SIZES = re.compile(r"\\[bB]igg?[lrm]?(?![a-zA-Z])")
 
@@ -53,6 +55,8 @@ def write_report(run_dir: str | os.PathLike, *, notebooks: Iterable[str | os.Pat
         (columns, rows), sentences = claim_rows(claims), answer(claims)
     picture = run_dir / PICTURE
     style = (TEMPLATE / "style.css").read_text(encoding="utf-8") + HtmlFormatter().get_style_defs(".highlight")
+    paths = [Path(path) for path in notebooks]
+    anchors = {path.name: f"notebook-{number}" for number, path in enumerate(paths, start=1)}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE), autoescape=True)
     page = environment.get_template("page.html.j2").render(
         title=title, style=jinja2.filters.Markup(style), claim_columns=columns,
@@ -61,7 +65,7 @@ def write_report(run_dir: str | os.PathLike, *, notebooks: Iterable[str | os.Pat
                 for text, number in sentences],
         picture_text=PICTURE_TEXT, picture=_embedded(picture.read_bytes(), "png") if picture.is_file() else None,
         tables=[_table(path) for path in sorted((run_dir / "tables").glob("*.csv"))],
-        notebooks=[_notebook(Path(path), number) for number, path in enumerate(notebooks, start=1)])
+        notebooks=[_notebook(path, anchors) for path in paths])
     path = run_dir / "report.html"
     with whole_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -106,8 +110,11 @@ def _table(path: Path) -> dict:
                                                    float_format="{:.4g}".format)}
 
 
-def _notebook(path: Path, number: int) -> dict:
-    """An executed notebook as HTML: pictures inside, remote ones as their text, no progress bars (stderr)."""
+def _notebook(path: Path, anchors: dict[str, str]) -> dict:
+    """An executed notebook as HTML: pictures inside, remote ones as their text, no progress bars (stderr).
+
+    anchors: of the page's notebooks, by their files' names; a link to another notebook is only its text.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no notebook at {path}; the report is made from executed copies")
     try:
@@ -115,15 +122,33 @@ def _notebook(path: Path, number: int) -> dict:
         nbformat.validate(notebook)
     except (ValueError, AttributeError, TypeError, KeyError, nbformat.ValidationError) as error:
         raise ValueError(f"{path} is cut or no notebook; run it again (--resume), then the report") from error
+    def linked(match: re.Match) -> str:
+        return f"[{match[1]}](#{anchors[match[2]]})" if match[2] in anchors else match[1]
+
+    for place, text in figure_texts(notebook.cells).items():
+        notebook.cells[place].metadata["alt"] = text
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
+            cell.source = _NOTEBOOK_LINK.sub(linked, cell.source)
             cell.source = formulas_to_pictures(_REMOTE_IMAGE.sub(r"\1", cell.source))
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     exporter = HTMLExporter(template_name=TEMPLATE.name, extra_template_basedirs=[str(TEMPLATE.parent)],
                             embed_images=True, exclude_anchor_links=True)
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(path.parent)}})
-    return {"name": path.stem, "anchor": f"notebook-{number}", "html": body}
+    return {"name": path.stem, "anchor": anchors[path.name], "html": body}
+
+
+def figure_texts(cells: list) -> dict[int, str]:
+    """For screen readers: by the place of each code cell that shows a picture, what the caption below it says first."""
+    texts: dict[int, str] = {}
+    for place, cell in enumerate(cells):
+        shown = [output for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})]
+        below = next((other["source"] for other in cells[place:] if other["cell_type"] == "markdown"), "")
+        if shown and (caption := _CAPTION.search(below)):
+            plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", f"{caption[1]}: {caption[2]}")
+            texts[place] = " ".join(re.sub(r"[*`$\\]", "", plain).split()).rstrip(":")
+    return texts
 
 
 def formulas_to_pictures(markdown: str) -> str:
