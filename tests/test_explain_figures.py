@@ -78,8 +78,12 @@ def test_costs_are_those_of_the_files(tmp_path):
 
 
 def test_long_costs_are_those_of_the_file(tmp_path):
-    terms = [{"length": 20, "carma_seconds": 9, "carma_processor_seconds": 2, "dense_seconds": 9,
-              "dense_processor_seconds": 6}]
-    (tmp_path / "long_cpu.json").write_text(json.dumps({"terms": terms}))
-    assert explain_plots.read_long_costs(tmp_path).reset_index().to_dict("records") == [
-        {"length": 20, "carma": 2, "dense": 6, "dense_ratio": 3}]
+    terms = [{"length": 20, "carma_seconds": 9, "carma_processor_seconds": 2, "dense_seconds": 9, "dense_processor_seconds": 6}]
+    steps = [{"length": 20, "method": method, "ratio": ratio, "ratio_low": 0.9, "ratio_high": 1.2, "rounds": 5, "seconds": 3}
+             for method, ratio in (("plain", 1), ("carma", 1.1), ("dense", 2))]
+    memory = [{"length": 99, "gradient_checkpointing": again, "ratio": ratio} for again, ratio in ((True, 7), (False, 1.5))]
+    (tmp_path / "long_cpu.json").write_text(json.dumps({"terms": terms, "steps": steps, "memory": memory}))
+    found = explain_plots.read_long_costs(tmp_path)
+    assert found.loc[20].drop("memory_ratio").to_dict() == {
+        "ratio": 1.1, "ratio_low": 0.9, "ratio_high": 1.2, "rounds": 5, "carma": 2, "dense": 6, "dense_ratio": 3}
+    assert list(found.index) == [20, 99] and found.loc[99].dropna().to_dict() == {"memory_ratio": 1.5}
