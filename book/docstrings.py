@@ -4,12 +4,12 @@ from itertools import groupby
 
 SECTION = re.compile(r"(Args|Raises|Returns|Yields|Attributes|Example|Examples):\s*$")
 SETTING = re.compile(r"([a-z_0-9]+(?:, [a-z_0-9]+)*): ")
-CODE = re.compile(r"(`[^`\n]*`)")
+CODE = re.compile(r"(`[^`\n]*`|(?<![\w*])\*[A-Za-z][^*\n]*\*(?!\w))")
 SPECIAL = re.compile(r"([|*\\]|_\b|`)")
 
 
 def _escaped(line):
-    """Everything that is not between back-ticks means itself."""
+    """Everything means itself but what is between back-ticks, and *emphasis*."""
     return "".join(part if CODE.fullmatch(part) else SPECIAL.sub(r"\\\1", part) for part in CODE.split(line))
 
 

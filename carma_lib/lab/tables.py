@@ -99,6 +99,12 @@ def cells_of(cells: pd.DataFrame, wanted: Iterable[Cell]) -> pd.DataFrame:
     return cells[cells["cell"].isin({cell.key for cell in wanted})]
 
 
+def whole_seeds(cells: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the seeds of which every method of the table is done, for each task, start and changed setting."""
+    done = cells.groupby(["task", "start", "change", "seed"])["method"].transform("nunique")
+    return cells[done == cells["method"].nunique()]
+
+
 def read_answers(archive: Path, cells: pd.DataFrame, *, conditions: Sequence[str] = ("clean", "replaced", "pooled"),
                  budgets: Sequence[int] = ()) -> pd.DataFrame:
     """The answers of some rows of `read_cells` as one result table, with the cells' facts beside.

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import pandas as pd
 
 from carma_lib.files import whole_file
-from carma_lib.stats.table import METHOD_LABELS
+from carma_lib.stats.table import METHOD_LABELS, task_label
 from carma_lib.stats.metrics import METRICS, RUN_COLUMNS, coefficient_of_variation, summarise
 
 #: The values of `paper_table` and their headings.
+_TASK_NAME = re.compile(r"(controlled|wordnet|own)_|sst\d$")
+#: Headings that are no words of a table's own.
+_WORDS = {"n_seeds": "seeds", "n_items": "items", "holm_p": "p (Holm)", "effect_size": "d_z", "method_estimate": "with the method",
+          "baseline_estimate": "without"}
 _HEADINGS = {"accuracy": "accuracy", "cv_accuracy": "CV of accuracy", "consist_syn": "ConsistSyn",
              "cv_consist_syn": "CV of ConsistSyn"}
 
@@ -164,9 +169,32 @@ def _p(value: float) -> str:
 
 
 def with_interval(table: pd.DataFrame, *, scale: float = 100, digits: int = 1) -> pd.Series:
-    """estimate, low and high of each row as one text: "+1.5 [-0.7, 3.6]", times `scale`."""
-    return table.apply(lambda row: f"{scale * row.estimate:+.{digits}f} [{scale * row.low:.{digits}f}, "
-                                   f"{scale * row.high:.{digits}f}]", axis=1)
+    """estimate, low and high of each row as one text: "+1.5 [−0.7, 3.6]", times `scale`; "+1.5" if there is no interval."""
+    def text(row: Any) -> str:
+        bounds = f" [{_signed(scale * row.low, digits, '')}, {_signed(scale * row.high, digits, '')}]"
+        return _signed(scale * row.estimate, digits) + ("" if pd.isna(row.low) else bounds)
+
+    return table.apply(text, axis=1)
+
+
+def _signed(value: float, digits: int, plus: str = "+") -> str:
+    """A number with a typographic minus; what rounds to zero has no sign."""
+    text = f"{value:{plus}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
+
+
+def labelled(table: pd.DataFrame) -> pd.DataFrame:
+    """A table for readers: tasks and methods by their labels in index, headings and cells, other headings as words."""
+    def word(name: Any) -> Any:
+        if not isinstance(name, str):
+            return name
+        return METHOD_LABELS.get(name) or (task_label(name) if _TASK_NAME.match(name) else name)
+
+    def heading(name: Any) -> Any:
+        return _WORDS.get(name) or word(name).replace("_", " ") if isinstance(name, str) else name
+
+    cells = {name: table[name].astype(object).map(word) for name in ("task", "method", "baseline") if name in table.columns}
+    return table.assign(**cells).rename(index=word, columns=heading)
 
 
 def claims_in_short(comparisons: pd.DataFrame) -> pd.Series:
