@@ -44,27 +44,32 @@ def _about(room: str) -> str:
 
 
 def drawing() -> str:
-    """The picture as SVG: a box a room, above the rooms that it imports."""
+    """The picture as SVG: a box a room, above the rooms that it imports and just below those that import it."""
     imports = room_imports()
     arrows = without_detours(imports)
-    rank: dict[str, int] = {}
-    while len(rank) < len(imports):
-        rank |= {room: max((rank[other] + 1 for other in others), default=0) for room, others in imports.items()
-                 if room not in rank and others <= rank.keys()}
+    lowest: dict[str, int] = {}
+    while len(lowest) < len(imports):
+        lowest |= {room: max((lowest[other] + 1 for other in others), default=0) for room, others in imports.items()
+                   if room not in lowest and others <= lowest.keys()}
+    highest = {room: max(lowest[room], min((lowest[by] - 1 for by, others in arrows.items() if room in others), default=0))
+               for room in imports}
     boxes, parts, lines, top = {}, [], [], 4
-    for level in sorted(set(rank.values()), reverse=True):
-        rooms = [room for room in layout.ROOMS if rank.get(room) == level]
+    for level in sorted(set(lowest.values()), reverse=True):
+        rooms = sorted((room for room in layout.ROOMS if room in imports and lowest[room] <= level <= highest[room]),
+                       key=lambda room: highest[room] > lowest[room])  # a box of several levels is on the right in each
         width = (WIDTH - 8 - 16 * (len(rooms) - 1)) / len(rooms)
         texts = {room: wrap(_about(room), int(width / 6.9)) for room in rooms}
-        height = 28 + LINE * max(map(len, texts.values()))
+        bottom = top + 28 + LINE * max(map(len, texts.values()))
         for place, room in enumerate(rooms):
-            left = 4 + place * (width + 16)
-            boxes[room] = (left + width / 2, top, top + height)
-            parts.append(f'<rect x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}" rx="5"/>')
-            parts.append(f'<text class="name" x="{left + width / 2:g}" y="{top + 18:g}">{escape(room)}</text>')
-            parts += [f'<text x="{left + width / 2:g}" y="{top + 35 + LINE * number:g}">{escape(line)}</text>'
+            left, first = 4 + place * (width + 16), boxes[room][1] if room in boxes else top
+            boxes[room] = (left + width / 2, first, bottom)
+            if level > lowest[room]:
+                continue
+            parts.append(f'<rect x="{left:g}" y="{first:g}" width="{width:g}" height="{bottom - first:g}" rx="5"/>')
+            parts.append(f'<text class="name" x="{left + width / 2:g}" y="{first + 18:g}">{escape(room)}</text>')
+            parts += [f'<text x="{left + width / 2:g}" y="{first + 35 + LINE * number:g}">{escape(line)}</text>'
                       for number, line in enumerate(texts[room])]
-        top += height + GAP
+        top = bottom + GAP
     for room, others in arrows.items():
         for other in sorted(others):
             (start, _, bottom), (end, above, _) = boxes[room], boxes[other]

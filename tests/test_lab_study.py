@@ -16,7 +16,7 @@ from carma_lib.lab.cell import FACTS, Cell
 from carma_lib.lab.recipe import Recipe
 from carma_lib.lab.run import run
 from carma_lib.lab.study import best_trials, chosen, read_study
-from carma_lib.lab.tables import cells_of, in_archive, pack, read_answers, read_cells
+from carma_lib.lab.tables import cells_of, in_archive, pack, read_answers, read_cells, whole_seeds
 from carma_lib.stats.table import RESULT_COLUMNS, ResultsError, check_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,6 +277,13 @@ def test_cells_of_keeps_what_is_done_of_what_is_wanted(archive):
     cells, _ = read_cells(archive / "archive")
     assert len(cells_of(cells, [cell_of("carma", **SETTINGS), cell_of("carma", seed=9, **SETTINGS)])) == 1
     assert not len(cells_of(cells, [])) and len(cells_of(cells, [cell_of("carma", **{**SETTINGS, "test_items": 3})])) == 1
+
+
+def test_a_seed_is_whole_once_every_method_of_it_is_done():
+    made = pd.DataFrame([("a", "carma", 1), ("a", "fine_tuning", 1), ("a", "carma", 2), ("b", "carma", 2), ("b", "fine_tuning", 2),
+                         ("b", "fine_tuning", 10)], columns=["task", "method", "seed"]).assign(start="base", change="")
+    assert whole_seeds(made)[["task", "seed"]].to_records(index=False).tolist() == [("a", 1), ("a", 1), ("b", 2), ("b", 2)]
+    assert whole_seeds(made[:0]).empty
 
 
 def test_trials_measure_validation_accuracy_alone(archive):

@@ -91,6 +91,23 @@ def test_saved_tables(tmp_path):
     assert r"rate\_of" in text and r"25 \%" in text and r"95 \% intervals" in text and "nan" not in text
 
 
+def test_tables_for_readers_have_labels_in_index_headings_and_cells():
+    table = pd.DataFrame({"method": ["carma"], "n_seeds": [3], "learning_rate": [0.1], "text": ["fine_tuning"]},
+                         index=pd.MultiIndex.from_tuples([("controlled_sentiment", "test_seen")], names=["task", "split"]))
+    found = tables.labelled(table)
+    assert list(found.columns) == ["method", "seeds", "learning rate", "text"] and list(found.index) == [("sentiment", "test_seen")]
+    assert found.iloc[0].tolist() == ["CARMA", 3, 0.1, "fine_tuning"] and table.method.tolist() == ["carma"]
+    wide = pd.DataFrame([[1, 2]], columns=pd.MultiIndex.from_tuples([("sst3", "fine_tuning"), ("own_birds", 10)]))
+    assert list(tables.labelled(wide).columns) == [("SST sentiment", "fine-tuning"), ("own birds", 10)]
+
+
+@pytest.mark.parametrize(("estimate", "low", "high", "text"), [
+    (0.0149, -0.0072, 0.036, "+1.5 [−0.7, 3.6]"), (-0.0004, -0.5, 0.0001, "0.0 [−50.0, 0.0]"), (0.0, np.nan, np.nan, "0.0"),
+    (-0.02, np.nan, np.nan, "−2.0")])
+def test_an_estimate_with_its_interval(estimate, low, high, text):
+    assert tables.with_interval(pd.DataFrame([{"estimate": estimate, "low": low, "high": high}])).tolist() == [text]
+
+
 def test_disagreements_show_both_sides():
     results = made_results(methods={"fine_tuning": 0.0, "carma": 0.3}, items=80).query("condition == 'clean'")
     table = tables.disagreements(results, "carma", "fine_tuning", rows=6)
