@@ -1,6 +1,6 @@
-"""The README's figure, from the primary tests of the controlled study: `python book/finding.py` draws it again.
+"""The README's figure, from the claims of the study on pretrained models: `python book/finding.py` draws it again.
 
-`pictures/finding.csv` holds the tests from a base model as notebook 8 writes them (`tables/study_primary_base.csv`).
+`pictures/finding.csv` holds the claims as notebook 12 writes them (`tables/pretrained_claims.csv`).
 """
 from pathlib import Path
 
@@ -10,15 +10,11 @@ from matplotlib.figure import Figure
 from carma_lib.report.plots import forest_plot
 
 PICTURES = Path(__file__).resolve().parent / "pictures"
-#: The three questions that the README answers first. Notebook 8 shows all of them.
-QUESTIONS = ("new combinations", "synonyms", "performance preserved")
 
 
 def finding() -> Figure:
-    """CARMA minus plain fine-tuning in the questions of the README, both tasks, one question below the other."""
-    tests = pd.read_csv(PICTURES / "finding.csv")
-    asked = [tests[tests["name"].str.contains(f": {question}")] for question in QUESTIONS]
-    return forest_plot(pd.concat(asked, ignore_index=True))
+    """CARMA minus plain fine-tuning from SmolLM2 in each claim, both tasks; the ratios of spreads in a panel below."""
+    return forest_plot(pd.read_csv(PICTURES / "finding.csv"))
 
 
 if __name__ == "__main__":
