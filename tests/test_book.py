@@ -103,7 +103,7 @@ def test_the_readme_says_what_its_figure_shows():
     for asked in ("accuracy", "synonyms 25 %"):
         for task in ("WordNet inverse dictionary", "SST sentiment"):
             row = 100 * claims.loc[f"{task}: {asked}", ["estimate", "low", "high"]].astype(float)
-            said = f"{row.estimate:+.1f} (95 % interval {row.low:.1f} to {row.high:.1f})".replace("-", "−")
+            said = f"{row.estimate:+.1f} points (95 % interval {row.low:.1f} to {row.high:.1f})".replace("-", "−")
             assert said in readme
     assert len(claims) == 12 and set(claims["outcome"]) == {"open"} and "None of the 12 claims is shown, and none is refuted" in readme
     seeds = claims["n_seeds"].unique()
