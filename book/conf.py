@@ -72,6 +72,7 @@ book/extending
 book/questions
 book/glossary
 book/rooms
+book/attack
 book/reference/index
 CHANGELOG
 ```
