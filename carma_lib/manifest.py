@@ -209,7 +209,7 @@ def _merged(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _check_values(parameters: dict[str, dict[str, Any]]) -> None:
     """Refuse before the first cell runs what a notebook would refuse after hours. `RunError` in one line."""
-    name = ""
+    name, studies = "", {}  # of the plans that are checked already
     try:
         for name, values in parameters.items():
             for setting, value in values.items():
@@ -217,8 +217,11 @@ def _check_values(parameters: dict[str, dict[str, Any]]) -> None:
             if name != "02_finetune" and values.get("start", "random") not in SMALL_STARTS:
                 load_config(values["start"])
             if "plan" in values and "changes" in values:
-                study = read_study(project_root() / values["plan"], values["changes"])
-                study.cells(defaultdict(lambda: 1e-3), {})  # which checks every cell's recipe
+                given = repr((values["plan"], values["changes"]))  # several notebooks read one study
+                if given not in studies:
+                    studies[given] = read_study(project_root() / values["plan"], values["changes"])
+                    studies[given].cells(defaultdict(lambda: 1e-3), {})  # which checks every cell's recipe
+                study = studies[given]
                 if unknown := [block for block in values.get("blocks", ()) if block not in study.blocks]:
                     raise ValueError(f"the plan has no block '{unknown[0]}'; it has {', '.join(study.blocks)}")
             for setting in ("archive", "trials_from"):

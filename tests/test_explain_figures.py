@@ -85,5 +85,5 @@ def test_long_costs_are_those_of_the_file(tmp_path):
     (tmp_path / "long_cpu.json").write_text(json.dumps({"terms": terms, "steps": steps, "memory": memory}))
     found = explain_plots.read_long_costs(tmp_path)
     assert found.loc[20].drop("memory_ratio").to_dict() == {
-        "ratio": 1.1, "ratio_low": 0.9, "ratio_high": 1.2, "rounds": 5, "carma": 2, "dense": 6, "dense_ratio": 3}
+        "ratio": 1.1, "ratio_low": 0.9, "ratio_high": 1.2, "rounds": 5, "carma": 2, "dense": 6}
     assert list(found.index) == [20, 99] and found.loc[99].dropna().to_dict() == {"memory_ratio": 1.5}

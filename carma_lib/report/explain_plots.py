@@ -160,14 +160,14 @@ def read_long_costs(folder: str | os.PathLike) -> pd.DataFrame:
 
     Columns ratio, ratio_low, ratio_high: a training step with CARMA over a plain one, with its 95 % interval, and rounds;
     memory_ratio: of the peak memories; carma and dense: processor seconds of the two terms alone, and from all pairs of
-    tokens at once; dense_ratio: dense over carma.
+    tokens at once.
     """
     report = json.loads((Path(folder) / "long_cpu.json").read_text(encoding="utf-8"))
     steps, terms, memory = (pd.DataFrame(report[part]).set_index("length") for part in ("steps", "terms", "memory"))
     steps = steps[steps["method"] == "carma"][["ratio", "ratio_low", "ratio_high", "rounds"]]
     terms = pd.DataFrame({name: terms[f"{name}_processor_seconds"] for name in ("carma", "dense")})
     memory = memory[~memory["gradient_checkpointing"]]["ratio"].rename("memory_ratio")
-    return pd.concat([steps, memory, terms.assign(dense_ratio=terms["dense"] / terms["carma"])], axis=1).sort_index()
+    return pd.concat([steps, memory, terms], axis=1).sort_index()
 
 
 @styled
