@@ -22,7 +22,7 @@ from carma_lib.report.style import COLUMN, METHOD_COLOURS, name_lines, panels_of
 CELL = 0.125  # inches of a token in a map, so that its name in 7 pt fits
 ROLES = ("no part", "a negative that was not drawn", "a drawn negative: pushed away", "a positive: pulled together")
 _ROLE_COLOURS = ("#ffffff", "#dcdcdc", METHOD_COLOURS["fine_tuning"], METHOD_COLOURS["carma"])
-TEXTS = {"wordnet": "WordNet definitions", "sst": "SST sentences", "many_pieces": "definitions in small pieces"}
+TEXTS = {"wordnet": "WordNet definitions", "sst": "SST sentences", "many_pieces": "WordNet, small pieces"}
 PROTOCOL_LOOKS = {"sum": ("#0173b2", "o"), "mean": ("#de8f05", "s"), "max": ("#029e73", "^")}
 
 

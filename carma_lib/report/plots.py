@@ -203,7 +203,7 @@ def _forest(axes: Axes, rows: pd.DataFrame, scale: float) -> None:
             axes.plot(-scale * row["margin"], place, "|", color="black", markersize=8)
             name += f" (≥ −{scale * row['margin']:g}: {'shown' if row['holm_p'] < 0.05 else 'not shown'})"
         axes.annotate(name if len(name) < 68 else name[:66] + "…", xy=(0, place), xycoords=("axes fraction", "data"),
-                      xytext=(2, 4.5), textcoords="offset points", fontsize=7.5, zorder=2, va="bottom",
+                      xytext=(2, 4.5), textcoords="offset points", fontsize=8.5, zorder=2, va="bottom",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3})
     axes.set(ylim=(-0.4, len(rows) - 0.3), yticks=[])
     axes.spines["left"].set_visible(False)

@@ -58,7 +58,7 @@ def differences(table: pd.DataFrame, seeds: pd.DataFrame | None = None, *, rows:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set(ylim=(-0.6, len(lines) - 0.4))
     figure.axes[0].set_yticks(range(len(lines)), [METHOD_LABELS.get(line, line) for line in reversed(lines)])
-    figure.supxlabel("difference to fine-tuning, percentage points", fontsize=8)
+    figure.supxlabel("difference to fine-tuning, percentage points")
     return figure
 
 

@@ -1,6 +1,6 @@
 """The one look of all figures: a method has one colour and marker, sizes, panels, direct labels, and files on disk.
 
-Widths are chosen so that 8 pt text is legible in print and on a phone: `COLUMN` 3.3 in for one panel, `PAGE` 4.8 in for
+Widths are chosen so that 9 pt text is legible in print and on a phone: `COLUMN` 3.3 in for one panel, `PAGE` 4.8 in for
 several, at most two beside each other.
 """
 from __future__ import annotations
@@ -30,8 +30,9 @@ _COLOURS = ("#6f6f6f", "#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#
 METHOD_COLOURS = dict(zip(METHOD_LABELS, cycle(_COLOURS)))
 METHOD_MARKERS = dict(zip(METHOD_LABELS, cycle(("X", "o", "s", "^", "v", "D", "P", "<", ">", "*", "p", "h"))))
 _STYLE = {
-    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
-    "legend.fontsize": 7.5, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+    "font.size": 9, "figure.labelsize": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5, "legend.fontsize": 8.5, "legend.frameon": False, "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.5, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e3e3e3", "grid.linewidth": 0.6,
     "axes.axisbelow": True, "lines.linewidth": 1.3, "figure.constrained_layout.use": True,
     "figure.dpi": 110, "svg.fonttype": "none", "svg.hashsalt": "carma",
@@ -81,7 +82,7 @@ def make_panels(names: Sequence[str], *, height: float = 1.9, across: int = 2, s
     panels = list(axes.flat)
     for axes, name in zip(panels, names):
         lines = str(name).replace("_", " ").split("\n")
-        axes.set_title("\n".join(fill(line, 28 if across < 3 else 18) for line in lines))
+        axes.set_title("\n".join(fill(line, 25 if across < 3 else 16) for line in lines))
         axes.tick_params(labelbottom=True)
     for axes in panels[len(names):]:
         axes.remove()
@@ -117,16 +118,16 @@ def name_lines(figure: Figure, *, most: int = 4) -> None:
     lines = {line.get_label(): line for line in last.lines if line.get_label() in entries}
     if len(lines) < len(entries) or len(entries) > most:
         columns = 2 if figure.get_figwidth() < PAGE else 3
-        figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(entries) // columns))
+        figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(entries) // columns))
         figure.legend(entries.values(), entries.keys(), loc="outside lower center", frameon=False, ncols=columns)
         return
     figure.draw_without_rendering()
     ends = {label: last.transData.transform((0, line.get_ydata()[-1]))[1] for label, line in lines.items()}
     points, bottom = 72 / figure.dpi, last.get_window_extent().y0
-    heights = _spread({label: (end - bottom) * points for label, end in ends.items()}, 10.0)
+    heights = _spread({label: (end - bottom) * points for label, end in ends.items()}, 11.5)
     for label, height in heights.items():
         last.annotate(label, xy=(1, 0), xycoords="axes fraction", xytext=(4, height), textcoords="offset points",
-                      color=lines[label].get_color(), va="center", fontsize=7.5)
+                      color=lines[label].get_color(), va="center", fontsize=8.5)
 
 
 def _spread(places: dict[str, float], gap: float) -> dict[str, float]:
