@@ -26,7 +26,7 @@ $(BIN)/.installed: pyproject.toml
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 book: $(BIN)/.installed-book
 	$(BIN)/python -m sphinx --quiet --builder html --conf-dir book . build/book $(ARGS)

@@ -12,6 +12,13 @@ import torch
 
 torch.set_num_threads(1)
 
+#: Files of minutes start first, so that no process is left alone with one at the end.
+LONGEST = ("test_notebooks.py", "test_pipeline.py", "test_lab_train.py", "test_lab_run.py", "test_lab_pretrained.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 def _missing(what: str) -> None:
     """Without its data a test is a failure in CI and a skip elsewhere."""

@@ -92,10 +92,10 @@ def test_readme_badges_use_the_one_address():
 # --- a small project of two notebooks -------------------------------------------------------------------------
 
 FIRST = ["steps: int = 2  # how many\nrate: float = 0.5  # of words\nrun_dir: str = 'runs/default'  # where",
-         "from pathlib import Path\nfrom carma_lib.notebooks import run_folder\nrun = run_folder(run_dir)",
+         "from pathlib import Path\nrun = Path(run_dir)",
          "print('made', steps, 'of', rate)\n(run / 'made.txt').write_text(str(steps))"]
 SECOND = ["run_dir: str = 'runs/default'  # where\nfail: bool = False  # raise\nseconds: int = 0  # to sleep",
-          "import time\nfrom carma_lib.notebooks import run_folder\nrun = run_folder(run_dir)\ntime.sleep(seconds)",
+          "import time\nfrom pathlib import Path\nrun = Path(run_dir)\ntime.sleep(seconds)",
           "if fail:\n    raise ValueError('no such thing; use another')\n(run / 'end.txt').write_text('end')"]
 
 

@@ -38,7 +38,7 @@ def test_every_bad_input_gives_one_clear_line(door, tmp_path, monkeypatch):
 
 # --- run folders ------------------------------------------------------------------------------------------------
 
-WAIT = "from carma_lib.notebooks import run_folder\nimport time\ntime.sleep(seconds)\n(run_folder(run_dir) / 'end.txt').write_text('end')"
+WAIT = "import time\nfrom pathlib import Path\ntime.sleep(seconds)\n(Path(run_dir) / 'end.txt').write_text('end')"
 
 
 @pytest.fixture
