@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -21,7 +22,7 @@ from carma_lib.lab.estimate import estimate
 from carma_lib.lab.plan import read_sweep
 from carma_lib.lab.run import CellFailed, run
 from carma_lib.lab.sweep import Where, plan_text, run_sweep
-from carma_lib.lab.tables import pack, read_cells
+from carma_lib.lab.tables import pack, read_cells, trained_again
 from carma_lib.lab.worker import attempts
 from carma_lib.stats.table import read_results
 
@@ -149,6 +150,27 @@ def test_an_archive_keeps_finished_cells_and_gives_them_back(trained_run, tmp_pa
     facts, measures = read_cells(tmp_path)
     assert list(facts["cell"]) == [cell.key for cell in cells] and len(read_results(tmp_path / "results.parquet"))
     assert set(measures["cell"]) == set(facts["cell"])
+
+
+def test_cells_trained_again_are_set_beside_the_archive(trained_run, tmp_path):
+    cells = [cell_of("fine_tuning"), cell_of("carma")]
+    archive = tmp_path / "archive"
+    pack(trained_run, cells, archive)
+    table = trained_again(cells, trained_run, archive)
+    assert list(table["method"]) == ["fine_tuning", "carma"] and (table["results"] > 10).all()
+    differs = ["other predictions", "largest difference, log probability", "largest difference, value"]
+    assert table[differs].eq(0).all(axis=None) and pd.read_csv(archive / "repeated.csv").equals(table)
+
+    other = pd.read_parquet(archive / "results.parquet")
+    other.loc[3, "log_probability"] += 0.25
+    other.loc[4, "prediction"] += "x"
+    other.loc[[5], "log_probability"] = np.nan
+    other.to_parquet(archive / "results.parquet")
+    table = trained_again(cells, trained_run, archive)
+    assert list(table["other predictions"]) == [1, 0] and list(table["largest difference, log probability"]) == [np.inf, 0]
+    other.drop(5).to_parquet(archive / "results.parquet")
+    with pytest.raises(RunError, match="trained again it has other rows"):
+        trained_again(cells, trained_run, archive)
 
 
 def test_the_second_run_in_a_folder_is_refused(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as arrow
@@ -122,6 +123,42 @@ def read_answers(archive: Path, cells: pd.DataFrame, *, conditions: Sequence[str
     answers = table.to_pandas().astype({name: kind for name, (kind, _) in RESULT_COLUMNS.items() if kind != "category"})
     more = ["training_items", "strength", "change", "value"]
     return answers.merge(cells[["cell", *more]].astype({"cell": answers["cell"].dtype}), on="cell", how="left")
+
+
+def trained_again(cells: Iterable[Cell], again: Path, archive: Path) -> pd.DataFrame:
+    """Cells that were trained a second time in the run folder `again`, beside the archive: a row a cell.
+
+    How many results and measures it has, how many results predict another text, and the largest differences of a
+    log-probability (nats) and of a measure. The table is kept in the archive as `repeated.csv`. `RunError` if the two
+    have other rows.
+    """
+    table = pd.DataFrame([{"task": cell.task, "method": cell.method, "seed": cell.seed, **_compared(cell, again, archive)} for cell in cells])
+    with whole_file(archive / "repeated.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    return table
+
+
+def _compared(cell: Cell, again: Path, archive: Path) -> dict[str, float]:
+    found = {}
+    for name, file, value in (("results", "answers.parquet", "log_probability"), ("measures", "measures.parquet", "value")):
+        new = _part(cell_folder(again, cell) / file, cell).to_pandas()
+        with reading(archive / f"{name}.parquet"):
+            old = pd.read_parquet(archive / f"{name}.parquet", filters=[("cell", "==", cell.key)])
+        of_row = [column for column in ("split", "budget", "condition", "measure", "layer", "item_id") if column in new]
+        if new[of_row].astype(str).to_numpy().tolist() != old[of_row].astype(str).to_numpy().tolist():
+            raise RunError(f"{cell.name}: trained again it has other rows than in {archive}; were its data or tests changed?")
+        found[name] = len(new)
+        if "prediction" in new:
+            found["other predictions"] = int((new["prediction"].to_numpy() != old["prediction"].to_numpy()).sum())
+        found[f"largest difference, {value.replace('_', ' ')}"] = _largest(new[value], old[value])
+    return found
+
+
+def _largest(new: pd.Series, old: pd.Series) -> float:
+    """The largest absolute difference; two missing values are alike, one is infinitely far from a number."""
+    new, old = new.to_numpy(float), old.to_numpy(float)
+    apart = np.where(np.isnan(new) & np.isnan(old), 0.0, np.nan_to_num(np.abs(new - old), nan=np.inf, posinf=np.inf))
+    return float(np.where(new == old, 0.0, apart).max(initial=0.0))
 
 
 def curves(folder: Path, cells: Iterable[Cell]) -> pd.DataFrame:
