@@ -112,5 +112,11 @@ def as_page(app, name, source):
         source[0] += CONTENTS
 
 
+def is_numbered_field(app, what, name, member, skip, options):
+    """Leave out what Python writes of each field of a named tuple; the signature names them, the docstring explains."""
+    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def setup(app):
     app.connect("source-read", as_page)
+    app.connect("autodoc-skip-member", is_numbered_field)

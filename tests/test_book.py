@@ -78,6 +78,10 @@ def test_a_notebook_that_is_named_is_linked():
     assert len(texts) > 20 and not {name: found for name, found in bare.items() if found}
 
 
+def test_the_reference_holds_nothing_that_python_wrote_by_itself(book):
+    assert not [path.name for path in pages(book) if "Alias for field number" in path.read_text(encoding="utf-8")]
+
+
 def test_the_reference_names_every_module():
     import conf
     named = {module for page in (ROOT / "book/reference").glob("*.md")
