@@ -20,7 +20,7 @@ from carma_lib.lab.cell import cell_folder, read_plan, save_plan
 from carma_lib.lab.cluster import local_client, read_slurm
 from carma_lib.lab.estimate import estimate
 from carma_lib.lab.plan import read_sweep
-from carma_lib.lab.run import CellFailed, run
+from carma_lib.lab.run import CellFailed, _share, run
 from carma_lib.lab.sweep import Where, plan_text, run_sweep
 from carma_lib.lab.tables import pack, read_cells, trained_again
 from carma_lib.lab.worker import attempts
@@ -171,6 +171,17 @@ def test_cells_trained_again_are_set_beside_the_archive(trained_run, tmp_path):
     other.drop(5).to_parquet(archive / "results.parquet")
     with pytest.raises(RunError, match="trained again it has other rows"):
         trained_again(cells, trained_run, archive)
+
+
+def test_the_progress_of_a_cell_never_goes_back(trained_run, folder):
+    cell = cell_of("carma")
+    work = cell_folder(folder, cell) / "work"
+    shown = [_share(folder, cell)]
+    work.mkdir(parents=True)
+    for step in ("", "3", "6"):
+        (work / "step").write_text(step)
+        shown.append(_share(folder, cell))
+    assert shown == [0, 0, 0.45, 0.9] and _share(trained_run, cell) == 0.9, "tests are the last tenth"
 
 
 def test_the_second_run_in_a_folder_is_refused(folder):
