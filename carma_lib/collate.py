@@ -1,8 +1,10 @@
 """From rows of text to padded tensors: token ids, positions, constituents, and the answers."""
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -27,19 +29,21 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, prefix: str 
 
     level: "word", or "phrase" for the character spans of the column `phrases`, else those that `phrase_spans` finds.
     drop: leave out rows that are too long, or whose target is not one token, instead of raising.
-    max_length: most tokens of a row; None for what the tokenizer says of its model.
+    max_length: most tokens of a row, from 2 up; None for what the tokenizer says of its model.
 
     Raises `TypeError` for a slow tokenizer (it knows no character offsets) or rows that are no `Dataset`, `ValueError`
-    for an unknown level or answer, no rows, a missing column, a value that is not text, a row that is too long, a
-    target that is empty or (without `drop`) not one token, phrases that do not fit their text.
+    for an unknown level or answer, no rows (or none left), a missing column, a value that is not text, a prompt without
+    a token, a row that is too long, a target that is empty or (without `drop`) not one token, phrases that do not fit
+    their text, a max_length below 2, rows with a transform of their own (`set_transform`).
     """
     if answer not in ANSWERS:
         raise ValueError(f"answer must be one of {ANSWERS}, got {answer!r}")
     if answer == "text" and tokenizer.eos_token_id is None:
         raise ValueError("answers end with the end-of-text token, and the tokenizer has none: set tokenizer.eos_token")
-    encoded = _tokenized(dataset, tokenizer, level, ("text", "target"),
-                         _encode_answers if answer == "text" else _encode_targets, prefix=prefix, suffix=suffix)
-    lengths, limit = encoded["length"][:], max_length or tokenizer.model_max_length
+    plain, limit = _checked(dataset, tokenizer, level, ("text", "target")), _limit(max_length, tokenizer)
+    encoded = _tokenized(plain, tokenizer, level, _encode_answers if answer == "text" else _encode_targets,
+                         prefix=prefix, suffix=suffix)
+    lengths = encoded["length"][:]
     if long := [row for row, length in enumerate(lengths) if length > limit]:
         what = (f"{len(long)} of {len(lengths)} rows are longer than {limit:,} tokens, the first is row {long[0]} with "
                 f"{lengths[long[0]]:,}")
@@ -53,6 +57,9 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, prefix: str 
             raise ValueError(f"{len(failed)} of {len(encoded)} targets are not one token after the prompt, the first "
                              f"is {encoded[failed[0]]['target']!r}: choose others or pass drop=True")
         kept = [row for row in kept if target_ids[row] >= 0]
+    if not kept:
+        raise ValueError(f"none of {len(encoded)} rows is left: their targets are not one token, or they are longer than {limit:,} "
+                         "tokens; take another tokenizer, or answer='text'")
     return encoded if len(kept) == len(encoded) else encoded.select(kept)
 
 
@@ -64,8 +71,8 @@ def encode_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, level: 
     `max_length` (None: what the tokenizer says of its model) are cut; a warning says how many of either. For
     instruction tuning set `labels` to −100 on what is not to be learned. Errors as in `encode`.
     """
-    limit = max_length or tokenizer.model_max_length
-    encoded = _tokenized(dataset, tokenizer, level, ("text",), _encode_texts, limit=limit)
+    plain, limit = _checked(dataset, tokenizer, level, ("text",)), _limit(max_length, tokenizer)
+    encoded = _tokenized(plain, tokenizer, level, _encode_texts, limit=limit)
     lengths = encoded["length"][:]
     if cut := sum(length > limit for length in lengths):
         warnings.warn(f"{cut} of {len(lengths)} rows are longer than {limit:,} tokens and are cut there", stacklevel=2)
@@ -86,10 +93,9 @@ def answerable(rows: Dataset, tokenizer: PreTrainedTokenizerBase, prompt: Any, l
     prompt: has `prefix` and `suffix`. limit: the first so many of them, fewer if there are no more; None for all.
     Raises `ValueError` if there is none, or as in `encode`.
     """
-    _check(rows, tokenizer, "word", ("text", "target"))
-    kept: list[int] = []
+    plain, kept = _checked(rows, tokenizer, "word", ("text", "target")), list[int]()
     for first in range(0, len(rows), 1000):
-        some = rows[first:first + 1000]
+        some = plain[first:first + 1000]
         found = _encode_targets(some, list(range(first, first + len(some["text"]))), tokenizer=tokenizer, level=None,
                                 prefix=prompt.prefix, suffix=prompt.suffix)["target_id"]
         kept += [first + row for row, target in enumerate(found) if target >= 0]
@@ -104,7 +110,7 @@ def answerable(rows: Dataset, tokenizer: PreTrainedTokenizerBase, prompt: Any, l
 class Collator:
     """Pad rows on the left to the longest of the batch, so that every prompt ends at the last position.
 
-    Returns int64 tensors (batch, tokens): `input_ids`, `attention_mask`, `position_ids` (counted from each row's
+    Every row has the same columns, and no padding yet. Returns int64 tensors (batch, tokens): `input_ids`, `attention_mask`, `position_ids` (counted from each row's
     first real token), and, if the rows have them, `constituent_ids` (−1 at padding) and `labels` (−100 at padding
     and at the first token, which nothing precedes), else `target_ids` (batch,).
 
@@ -119,6 +125,7 @@ class Collator:
         self.pad_token_id = padding
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        _check_rows(rows)
         lengths = [len(row["input_ids"]) for row in rows]
         batch = {"input_ids": _pad_left(rows, "input_ids", lengths, self.pad_token_id)}
         columns = torch.arange(max(lengths))
@@ -135,9 +142,8 @@ class Collator:
         return batch
 
 
-def _tokenized(dataset: Dataset, tokenizer, level: str, columns: Sequence[str], function: Callable, **more) -> Dataset:
+def _tokenized(dataset: Dataset, tokenizer, level: str, function: Callable, **more) -> Dataset:
     """`dataset.map` in memory: a cache on disk would outlive changes of these rules, and be trusted when damaged."""
-    _check(dataset, tokenizer, level, columns)
     return dataset.map(function, batched=True, with_indices=True, keep_in_memory=True, load_from_cache_file=False,
                        fn_kwargs={"tokenizer": tokenizer, "level": level, **more}, desc="Tokenizing")
 
@@ -177,6 +183,8 @@ def _encode_prompts(rows: dict[str, list], places: list[int], tokenizer, level: 
     """Ids of the prompts, their constituents (none if `level` is None), and ids of prompt + target in one piece."""
     texts = [prefix + text + suffix for text in _texts(rows, "text", places)]
     encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False)
+    if empty := [place for place, ids in zip(places, encoded.input_ids) if not ids]:
+        raise ValueError(f"row {empty[0]}: the prompt is empty, so nothing comes before the answer: give a text or a prefix")
     answered = tokenizer([text + target for text, target in zip(texts, _texts(rows, "target", places))]).input_ids
     found = _constituents(rows, places, encoded, texts, level, len(prefix)) if level else [[] for _ in texts]
     return encoded.input_ids, found, answered
@@ -188,13 +196,30 @@ def _constituents(rows: dict[str, list], places: list[int], encoded, texts: list
     for row, (place, offsets, whole) in enumerate(zip(places, encoded.offset_mapping, texts)):
         if level == "word":
             spans = word_spans(rows["text"][row])
+        elif "phrases" in rows:
+            spans = _spans(rows["phrases"][row], place)
         else:
-            spans = rows["phrases"][row] if "phrases" in rows else phrase_spans(rows["text"][row])
+            spans = phrase_spans(rows["text"][row])
         try:
             found.append(constituent_ids(offsets, [(start + before, end + before) for start, end in spans], whole))
         except (TypeError, ValueError) as error:
             raise ValueError(f"row {place}: {error}") from error
     return found
+
+
+def _spans(phrases: Any, place: int) -> list[tuple[int, int]]:
+    try:
+        return [(operator.index(start), operator.index(end)) for start, end in phrases]
+    except (TypeError, ValueError):
+        raise ValueError(f"row {place}: phrases are {phrases!r}, not pairs of characters [start, end)") from None
+
+
+def _limit(max_length: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    if max_length is None:
+        return tokenizer.model_max_length
+    if isinstance(max_length, bool) or not isinstance(max_length, Integral) or max_length < 2:
+        raise ValueError(f"max_length must be a whole number from 2 up, or None for the model's own, got {max_length!r}")
+    return int(max_length)
 
 
 def _texts(rows: dict[str, list], column: str, places: list[int]) -> list[str]:
@@ -218,7 +243,21 @@ def _pad_left(rows: list[dict], column: str, lengths: list[int], value: int) -> 
                         dtype=torch.int64)
 
 
-def _check(dataset: Dataset, tokenizer, level: str, columns: Sequence[str]) -> None:
+def _check_rows(rows: list[dict]) -> None:
+    """ValueError for a batch that is empty, padded already, or whose rows have different columns."""
+    if not rows:
+        raise ValueError("the batch has no rows")
+    for column in ("constituent_ids", "labels", "target_id"):
+        having = [column in row for row in rows]
+        if any(having) and not all(having):
+            raise ValueError(f"row {having.index(False)} of the batch has no {column}, and others have it: encode all rows alike")
+    for place, row in enumerate(rows):
+        if 0 in row.get("attention_mask", ()):
+            raise ValueError(f"row {place} of the batch is padded already: tokenize without padding, the collator pads")
+
+
+def _checked(dataset: Dataset, tokenizer, level: str, columns: Sequence[str]) -> Dataset:
+    """The rows as plain Python values, whatever format they are set to give."""
     if not tokenizer.is_fast:
         raise TypeError(f"{type(tokenizer).__name__} is a slow tokenizer without character offsets: use its fast one")
     if not isinstance(dataset, Dataset):
@@ -231,3 +270,6 @@ def _check(dataset: Dataset, tokenizer, level: str, columns: Sequence[str]) -> N
         raise ValueError(f"the rows lack {missing}; they have {dataset.column_names}")
     if not len(dataset):
         raise ValueError("there are no rows")
+    if dataset.format["type"] == "custom":
+        raise ValueError("the rows have a transform that is applied as they are read: apply it with map, then reset_format()")
+    return dataset.with_format(None)

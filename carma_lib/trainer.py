@@ -14,7 +14,7 @@ from transformers import (DataCollatorWithPadding, PreTrainedTokenizerBase, Trai
                           default_data_collator)
 
 from carma_lib.blocks import KeptStates, checked_blocks, decoder_blocks, language_model, takes
-from carma_lib.collate import Collator
+from carma_lib.collate import IGNORED, Collator
 from carma_lib.losses import CarmaConfig, CarmaLoss
 from carma_lib.words import WordTable, document_ids
 
@@ -92,6 +92,9 @@ class CarmaMixin:
         with self._carma_kept.during():
             found = base()
         task_loss = found[0] if return_outputs else found
+        labels = inputs.get("labels")
+        if isinstance(labels, Tensor) and labels.dim() == 2:  # rows of which nothing is learned have no mean: they count 0
+            task_loss = torch.where((labels[:, 1:] != IGNORED).any(), task_loss, torch.zeros_like(task_loss))
         states = self._carma_kept.take(*ids.shape, task_loss)
         terms = self._carma_terms(states, words, mask.bool(), document_ids=documents,
                                   generator=self._carma_seeded_generator(ids.device),

@@ -352,3 +352,54 @@ def test_rules_that_change_are_used_on_rows_encoded_before(tmp_path):
         words.write("\n\ndef word_spans(text):\n    return [(0, len(text))]\n")
     assert before != run()
     assert not list((tmp_path / "rows").glob("cache-*"))
+
+
+@pytest.mark.parametrize("most", [1, 0, -1, True, 3.5, "5"])
+def test_a_limit_below_two_tokens_is_no_limit(most):
+    tokenizer = tokenizer_with_targets(byte_level_tokenizer)
+    for call in (lambda: encode_text(rows("a small bird"), tokenizer, max_length=most),
+                 lambda: encode(rows("a small bird"), tokenizer, max_length=most)):
+        with pytest.raises(ValueError, match="^max_length must be a whole number from 2 up, or None"):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+def test_the_format_of_the_rows_changes_nothing(kind):
+    tokenizer = tokenizer_with_targets(byte_level_tokenizer)
+    plain = rows("a small bird", "an unbelievable bird")
+    for encoding in (encode_text, lambda some, tokenizer: encode(some, tokenizer, answer="text"),
+                     lambda some, tokenizer: answerable(some, tokenizer, Prompt("", ' is called a "')).with_format(None)):
+        assert encoding(plain.with_format(kind), tokenizer).to_list() == encoding(plain, tokenizer).to_list()
+    with pytest.raises(ValueError, match="^the rows have a transform"):
+        encode_text(plain.with_transform(lambda some: {"text": some["text"]}), tokenizer)
+
+
+def test_prompts_without_a_token_are_refused():
+    tokenizer = tokenizer_with_targets(byte_level_tokenizer)
+    for answer in ("token", "text"):
+        with pytest.raises(ValueError, match="^row 1: the prompt is empty"):
+            encode(rows("x", ""), tokenizer, answer=answer)
+    assert len(encode(rows("x", ""), tokenizer, answer="text", prefix="Word: ")) == 2
+    with pytest.raises(ValueError, match="^none of 2 rows is left"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encode(rows("a small bird", "an old bird", target="inconceivable things"), tokenizer, drop=True)
+
+
+@pytest.mark.parametrize(("batch", "said"), [
+    ([], "^the batch has no rows"),
+    ([{"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "labels": [5, 6, -100]}], "^row 0 of the batch is padded already"),
+    ([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1, 2]}], "^row 1 of the batch has no labels"),
+    ([{"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": [1, 2]}], "^row 0 of the batch has no labels"),
+    ([{"input_ids": [1, 2]}, {"input_ids": [1, 2], "constituent_ids": [0, 0]}], "^row 0 of the batch has no constituent_ids"),
+    ([{"input_ids": [1, 2], "target_id": 3}, {"input_ids": [1, 2]}], "^row 1 of the batch has no target_id"),
+])
+def test_batches_that_lose_something_are_refused(batch, said):
+    with pytest.raises(ValueError, match=said):
+        Collator(0)(batch)
+
+
+@pytest.mark.parametrize("phrases", [None, [0.5, 2], [[0.5, 2]], ["a small"], [[0, 1, 2]]])
+def test_odd_phrases_name_row_and_column(phrases):
+    from carma_lib.collate import _spans
+    with pytest.raises(ValueError, match="^row 4: phrases are "):
+        _spans(phrases, 4)

@@ -805,3 +805,20 @@ def test_frozen_below_the_terms(tmp_path):
     model.transformer.h[2].requires_grad_(True)
     with pytest.raises(ValueError, match="the output of block 1 has no gradient"):
         trained(tmp_path, single_target_rows(), model, carma=replace(CARMA, mi_layers=(0, 1)))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_rows_of_which_nothing_is_learned_count_nothing(tmp_path, accumulated):
+    """Where a long prompt was cut, only −100 is left; such a micro-batch has no task loss, with or without CARMA."""
+    rows = language_model_rows().to_list()
+    rows = Dataset.from_list([{**row, "labels": [-100] * len(row["labels"])} if place % 2 else row for place, row in enumerate(rows)])
+    for carma in (PLAIN, CARMA):
+        model = tiny_model("llama")
+        trainer = CarmaTrainer(model, arguments(tmp_path, max_steps=4, per_device_train_batch_size=1, learning_rate=0.01,
+                                                gradient_accumulation_steps=accumulated), train_dataset=rows,
+                               processing_class=TOKENIZER, carma=carma)
+        trainer.train()
+        losses = [entry["task_loss"] for entry in trainer.state.log_history if "task_loss" in entry]
+        assert all(weight.isfinite().all() for weight in model.parameters())
+        assert carma is PLAIN or len(losses) == 4 and min(losses) >= 0 and max(losses) > 1
+        assert accumulated == 2 or carma is PLAIN or 0 in losses
