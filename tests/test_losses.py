@@ -558,3 +558,17 @@ def test_bad_settings_of_the_functions():
         stability_loss(STATES, MASK, reduction="none")
     with pytest.raises(ValueError, match="at least 2"):
         stability_loss(STATES[:1], MASK)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"hidden_states": None}, "hidden_states is None: call the model with output_hidden_states=True"),
+    ({"hidden_states": "embeddings"}, "hidden_states has 1 entry, and the layers follow"), ({"hidden_states": ()}, "hidden_states has 0 entr"),
+    ({"attention_mask": None}, "attention_mask must be a tensor .batch, tokens., got NoneType"),
+    ({"attention_mask": [[1, 1, 1]]}, "attention_mask must be a tensor"), ({"constituent_ids": None}, "constituent_ids must be a tensor"),
+    ({"constituent_ids": [[0, 0, -1]]}, "constituent_ids must be a tensor")])
+def test_a_loop_of_ones_own_is_told_what_is_missing(change, said):
+    states = tuple(torch.randn(1, 3, 4) for _ in range(4))
+    change = {name: states[:1] if value == "embeddings" else value for name, value in change.items()}
+    with pytest.raises(ValueError, match=said):
+        CarmaLoss(CarmaConfig())(**{"hidden_states": states, "constituent_ids": torch.tensor([[0, 0, -1]]),
+                                    "attention_mask": torch.ones(1, 3, dtype=torch.long), **change})

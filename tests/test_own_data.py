@@ -284,3 +284,20 @@ def test_the_controlled_tasks_follow_the_same_rules(tmp_path):
     assert read_card(folder)["content"] == card["content"] and is_built("controlled_sentiment", folder)
     with pytest.raises(DataNotFound, match="build them first"):
         load_task(tmp_path / "none")
+
+
+@pytest.mark.parametrize("phrases", ["[[true, 4]]", "[[false, true]]", "[" * 5000])
+def test_phrases_that_are_no_numbers_are_told(tmp_path, phrases):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"the number {each}", "target": "one", "phrases": phrases}) + "\n" for each in range(6)))
+    with pytest.raises(RunError, match="a.jsonl.*phrases is"):
+        build_task(str(path), tmp_path / "data")
+
+
+def test_a_path_is_a_name_of_a_task(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,target\n" + "".join(f"the number {each},word{each % 2}\n" for each in range(20)))
+    assert build_task(path, tmp_path / "data").keys() == {"train", "validation", "test"}
+    assert task_named(path) == task_named(str(path))
+    with pytest.raises((RunError, DataNotFound), match="b.csv"):
+        build_task(tmp_path / "b.csv", tmp_path / "other")

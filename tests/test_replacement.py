@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from carma_lib.synonyms import replacement as perturbation
+from carma_lib.synonyms.articles import indefinite_article
 from carma_lib.synonyms.wordnet import (
     FUNCTION_WORDS, definition_pairs, is_coarse, lemmas_of, sense_counts, synonym_forms)
 from carma_lib.synonyms.replacement import (
@@ -535,3 +536,76 @@ def test_gate_beats_baseline_on_mistakes():
     assert baseline["wrong_part_of_speech"] + baseline["broken_inflection"] > 0.3
     assert 0 < ours["coverage"] < baseline["coverage"] and ours["no_candidate"] == 1 - ours["coverage"]
     assert first_lemma_of_any_sense("dogs", "NNS") == ("dog",)
+
+
+# --- what is not language, names, compounds, and articles before them ------------------------------------------
+
+@pytest.mark.parametrize(("text", "changed"), [
+    ("Ms. Swift began.", "Ms. Swift started."), ("Lt. Savage began.", "Lt. Savage started."), ("Dr. Large began", "Dr. Large started"),
+    ("the St. Large school", "the St. Large school"), ("J. Large began. Begin!", "J. Large started. Start!"),
+    ("Mr . Large began .", "Mr . Large started ."), ("it is as good as the I. Begin now.", "it is as good as the I. Start now."),
+    ("see https://buy.com/cars.", "see https://buy.com/cars."), ("www.buy.com/cars", "www.buy.com/cars"), ("buy.com", "buy.com"),
+    ("user@large.com", "user@large.com"), ("#movies @movie", "#movies @movie"), ("/usr/share/movie/big", "/usr/share/movie/big"),
+    ("C:\\movie\\big", "C:\\movie\\big"), ("\\begin{movie}", "\\begin{movie}"), ("<movie>big</movie>", "<movie>large</movie>"),
+    ("3 < 4 big > 1", "3 < 4 large > 1"), ("big and/or big", "large and/or large"),
+    ("a big\u2011budget band", "a big\u2011budget band"), ("an extra\u2010large", "an extra\u2010large"),
+    ("a rock'n'roll band", "a rock'n'roll band"), ("rock 'n' roll", "rock 'n' roll"), ("rock ’n’ roll", "rock ’n’ roll"),
+    ("rock & roll", "rock & roll"), ("he didn't begin", "he didn't start")])
+def test_names_addresses_and_compounds_stay(text, changed):
+    source = {"big": ["large"], "large": ["big"], "begin": ["start"], "began": ["started"], "buy": ["purchase"], "cars": ["automobiles"],
+              "movie": ["film"], "movies": ["films"]}
+    assert replace_synonyms(text, rate=1, seed=0, source=source).text == changed
+
+
+@pytest.mark.parametrize("text", ["rock'n'roll", "rock 'n' roll", "rock ’n’ roll", "rock & roll", "big\u2011budget", "extra\u2010large",
+                                  "#movies", "@movie", "user@large.com", "www.buy.com/cars", "\\begin{movie}", "Ms. Swift", "Lt. Savage",
+                                  "J. Savage", "Gen. Savage", "the St. Large"])
+def test_wordnet_leaves_whole_what_is_one(text):
+    assert all(replace_synonyms(text, rate=1, seed=seed).text == text for seed in range(4))
+
+
+@pytest.mark.parametrize(("word", "article"), [
+    ("élite", "an"), ("e\u0301lite", "an"), ("école", "an"), ("Ölige", "an"), ("œuvre", "an"), ("æsthetic", "an"), ("ñandú", "a"), ("$8", "an"),
+    ("£80", "an"), ("$5", "a"), ("h2o", "an"), ("b2b", "a"), ("ufo", "a"), ("ufos", "a"), ("UFO", "a"), ("únique", "a")])
+def test_articles_hear_through_accents_money_and_digits(word, article):
+    assert indefinite_article(word) == article
+    other = "a big house" if article == "an" else "an old house"
+    source = {other.split()[1]: [word]}
+    assert replace_synonyms(other, rate=1, seed=0, source=source).text == f"{article} {word} house"
+
+
+@pytest.mark.parametrize("opening", ["›", "”", "’", "「", "~", "\u200b", "\u200e", "<b>", "(“"])
+def test_articles_pass_over_marks_of_every_script(opening):
+    assert replace_synonyms(f"a {opening}great film", rate=1, seed=0, source={"great": ["excellent"]}).text == f"an {opening}excellent film"
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ({"text": None}, "the text is None, not text"), ({"text": 3.0}, "the text is 3.0"), ({"rate": "0.5"}, "rate must be a number"),
+    ({"rate": None}, "rate must be a number"), ({"rate": True}, "rate must be a number"),
+    ({"seed": None}, "seed must be a whole number"),
+    ({"seed": 1.5}, "seed must be a whole number"), ({"span": (0,)}, r"span must be two places"), ({"span": 3}, r"span must be two places"),
+    ({"source": lambda form, tag: [""]}, "the source gave ''"), ({"source": lambda form, tag: None}, "the source gave None"),
+    ({"source": lambda form, tag: [3]}, "the source gave 3"), ({"source": lambda form, tag: "large"}, "the source gave 'large'")])
+def test_odd_arguments_are_told_in_one_line(arguments, said):
+    with pytest.raises(TypeError, match=said):
+        replace_synonyms(**{"text": "a big house", "rate": 1, "seed": 0, **arguments})
+
+
+def test_a_bad_text_among_many_is_named():
+    with pytest.raises(TypeError, match="text 1 is None, not text"):
+        replace_all(["a big house", None], rate=1, seed=0)
+    assert replace_synonyms("a big house", rate=1, seed=0, forbidden=None).text == replace_synonyms("a big house", rate=1, seed=0).text
+    assert [each.text for each in replace_all((text for text in ["a big house"]), rate=0, seed=0)] == ["a big house"]
+
+
+@pytest.mark.parametrize("source", [
+    {"naïve": ["simple"], "nai\u0308ve": ["artless"]}, {"big": ["large"], "bi\u00adg": ["huge"]}, {"big": ["\u200b"]}, {"big": ["\0"]},
+    {"big": ["large\nhuge"]}, {"big": ["\ud800"]}, {"big": ["\u0301"]}])
+def test_dictionaries_that_lose_or_hide_a_word_are_refused(source):
+    with pytest.raises(ValueError, match="^synonyms of "):
+        replace_synonyms("a big man", rate=1, seed=0, source=source)
+
+
+def test_capitals_of_letters_that_are_two():
+    assert [replace_synonyms("Big house", rate=1, seed=0, source={"big": [word]}).text for word in ("ﬁne", "ßtraße", "large")] == [
+        "Fine house", "Sstraße house", "Large house"]

@@ -19,7 +19,7 @@ from carma_lib.tasks import read_card, task_named
 
 #: Raise one when a training, or the tests, come to something else with the same settings and data.
 #: Training and testing 2: another draw of the negatives, from the same distribution.
-TRAINING_RULES, TESTING_RULES = 2, 2
+TRAINING_RULES, TESTING_RULES = 2, 3
 RULES = f"{TRAINING_RULES}.{TESTING_RULES}"
 #: A cell's facts in tables.
 FACTS = ("cell", "task", "model", "start", "training_items", "method", "seed", "learning_rate", "strength", "change",

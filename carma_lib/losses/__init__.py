@@ -126,6 +126,11 @@ class CarmaLoss:
 
         read: scalars that the caller wants on the host; they come, as `terms.read`, with the one transfer made anyway.
         """
+        if hidden_states is None:
+            raise ValueError("hidden_states is None: call the model with output_hidden_states=True")
+        if len(hidden_states) < 2:
+            raise ValueError(f"hidden_states has {len(hidden_states)} entry, and the layers follow the first one, the embeddings: give "
+                             "all that the model returns, and None first where a family returns no embeddings")
         config = self.config.for_depth(len(hidden_states) - 1)
         if not config.layers:
             zero = attention_mask.new_zeros((), dtype=torch.float32)

@@ -221,7 +221,8 @@ def carma_terms(states: list[Tensor], attention_mask: Tensor, ids: Tensor | None
                 mi: range | None, stability: range | None, sampling: tuple = (1.0, None, "cosine"),
                 generator: torch.Generator | None = None, read: Sequence[Tensor] = ()) -> tuple:
     """Check everything, draw, and compute: the first term, the second, and the scalars to read."""
-    _check_shapes(states, {"attention_mask": attention_mask, "constituent_ids": ids, "document_ids": documents})
+    _check_shapes(states, {"attention_mask": attention_mask, "constituent_ids": ids, "document_ids": documents},
+                  optional=("document_ids",) if mi else ("document_ids", "constituent_ids"))
     temperature, num_negatives, similarity = sampling
     batch = _measured(states, attention_mask.bool(), mi or range(0), stability or range(0))
     facts = [batch.real.sum(), batch.squares.sum() / (temperature if similarity == "dot" else 1)]
@@ -273,7 +274,7 @@ def _measured(states: list[Tensor], real: Tensor, mi: range, stability: range) -
     return _Batch(real, squares, movement[1:].sum(1), states[0].size(-1), mi, stability)
 
 
-def _check_shapes(states: list[Tensor], others: dict[str, Tensor | None]) -> None:
+def _check_shapes(states: list[Tensor], others: dict[str, Tensor | None], optional: Sequence[str]) -> None:
     if not states or any(not isinstance(state, Tensor) or state.dim() != 3 for state in states):
         raise ValueError("hidden_states must be layers × (batch, tokens, width), at least one layer")
     if any(state.shape != states[0].shape for state in states):
@@ -283,9 +284,13 @@ def _check_shapes(states: list[Tensor], others: dict[str, Tensor | None]) -> Non
     if not states[0].numel():
         raise ValueError(f"hidden_states are empty: their shape is {tuple(states[0].shape)}")
     for name, tensor in others.items():
-        if tensor is not None and tensor.shape != states[0].shape[:2]:
+        if tensor is None and name in optional:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor (batch, tokens), got {type(tensor).__name__}")
+        if tensor.shape != states[0].shape[:2]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, hidden_states have (batch, tokens) = "
                              f"{tuple(states[0].shape[:2])}")
-        if tensor is not None and tensor.is_floating_point():
+        if tensor.is_floating_point():
             raise ValueError(f"{name} must hold integers or booleans, got {tensor.dtype}")
 

@@ -11,10 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import re
+import unicodedata
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
+from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple
 
 from carma_lib.files import fingerprint
 from carma_lib.synonyms import ranking
@@ -26,7 +30,7 @@ from carma_lib.synonyms.tagging import TOKEN, Word, entry_of, fixed_words, is_co
 if TYPE_CHECKING:
     from datasets import Dataset
 
-RULES = 5  # part of every cache key: raise it with any change of what is replaced by what
+RULES = 6  # part of every cache key: raise it with any change of what is replaced by what
 NOISE = 0.5  # how far a seed may move the log-odds of ranked candidates
 LEAST = 0.75  # log-odds below which a ranked candidate is never used
 
@@ -74,17 +78,22 @@ def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int]
         for more and looser candidates; a dict from lower-case forms to forms is taken as it is, whatever the
         tag, and needs no WordNet.
 
-    Raises ValueError for a rate outside [0, 1] or a span outside the text.
+    Raises ValueError for a rate outside [0, 1] or a span outside the text, TypeError for a text that is none, a rate or
+    seed that is no number.
     """
-    _check_rate(rate)
-    begin, end = (0, len(text)) if span is None else span
+    _check_draw(rate, seed)
+    _check_text(text, "the text")
+    try:
+        begin, end = (0, len(text)) if span is None else map(operator.index, span)
+    except (TypeError, ValueError):
+        raise TypeError(f"span must be two places (start, end) in the text, got {span!r}") from None
     if not 0 <= begin <= end <= len(text):
         raise ValueError(f"span {tuple(span)} lies outside the text of {len(text)} characters")
     item, source, words = text if item_id is None else str(item_id), _checked(source), tagged_words(text)
     content = [i for i, word in enumerate(words) if begin <= word.start and word.end <= end
                and (is_content(word) or isinstance(source, _Dictionary) and source.lists(word))]
     requested = int(rate * len(content) + 0.5)
-    refused = _families([forbidden] if isinstance(forbidden, str) else forbidden)
+    refused = _families([forbidden] if isinstance(forbidden, str) else forbidden or ())
     ranked = source.of(text) if isinstance(source, _Ranking) else None
     fixed = frozenset() if isinstance(source, (_Dictionary, _Ranking)) else fixed_words(words)
 
@@ -131,9 +140,12 @@ def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Seque
     """
     from tqdm import tqdm
 
-    _check_rate(rate)
+    _check_draw(rate, seed)
     if isinstance(texts, str):
         raise TypeError("texts must be a list of texts; use replace_synonyms for a single one")
+    texts = list(texts)
+    for place, text in enumerate(texts):
+        _check_text(text, f"text {place}")
     source = _checked(source)
     columns = [[None] * len(texts) if column is None else list(column) for column in (texts, item_ids, forbidden)]
     if len({len(column) for column in columns}) > 1:
@@ -277,13 +289,30 @@ def _checked(source: Source) -> Callable[[str, str], Sequence[str]] | _Ranking:
         if isinstance(others, str) or not isinstance(others, Sequence):
             raise ValueError(f"synonyms of {form!r}: expected a list of words, got {others!r}; {example}")
         for other in others:
-            if not isinstance(other, str) or not other or other != other.strip() or entry_of(other) == entry_of(form):
+            if not _is_word(other) or entry_of(other) == entry_of(form):
                 raise ValueError(f"synonyms of {form!r}: {other!r} is no other word; {example}")
+        if entry_of(form) in found:
+            raise ValueError(f"synonyms of {form!r} are given twice, under two spellings of one word: put them in one list")
         found[entry_of(form)] = list(others)
     return found
 
 
-def _check_rate(rate: float) -> None:
+def _is_word(other: object) -> bool:
+    """Whether it can stand for a word: text with a letter or digit, no space around it and no control character in it."""
+    return (isinstance(other, str) and any(map(str.isalnum, other)) and other == other.strip()
+            and not any(unicodedata.category(mark) in ("Cc", "Cs") for mark in other))
+
+
+def _check_text(text: str, what: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{what} is {text!r}, not text")
+
+
+def _check_draw(rate: float, seed: int) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, Real):
+        raise TypeError(f"rate must be a number in [0, 1] (0.25 for a quarter of the content words), got {rate!r}")
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must lie in [0, 1] (0.25 for a quarter of the content words), got {rate}")
 
@@ -301,8 +330,11 @@ def _gumbel(seed: int, item: str, what: object) -> float:
 def _candidates(word: Word, source: Callable[[str, str], Sequence[str]], refused: frozenset[str]) -> list[str]:
     form = entry_of(word.form)
     found = source(form, word.tag)
-    if isinstance(found, str):
-        raise TypeError(f"the source gave the text {found!r} for {form!r}; it must give a list of words: [{found!r}]")
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        raise TypeError(f"the source gave {found!r} for {form!r}; it must give a list of words, as ['large', 'huge']")
+    found = list(found)
+    if odd := [other for other in found if not _is_word(other)]:
+        raise TypeError(f"the source gave {odd[0]!r} among the words for {form!r}; it must give words, as ['large', 'huge']")
     return [other for other in found if other.lower() != form and not (refused and refused & _families([other]))]
 
 
@@ -313,4 +345,4 @@ def _families(words: Iterable[str]) -> frozenset[str]:
 
 
 def _change(word: Word, after: str) -> Change:
-    return Change(word.start, word.end, word.form, after[0].upper() + after[1:] if word.form[0].isupper() else after)
+    return Change(word.start, word.end, word.form, after[0].title() + after[1:] if word.form[0].isupper() else after)

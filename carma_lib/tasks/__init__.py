@@ -10,6 +10,7 @@
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -60,11 +61,12 @@ _ALSO = {"carma_lib.tasks": [f"carma_lib.tasks.controlled.{module}" for module i
          "carma_lib.tasks.wordnet": ["carma_lib.synonyms.wordnet"]}  # whose rules a builder follows too
 
 
-def task_named(name: str) -> Task:
+def task_named(name: str | os.PathLike) -> Task:
     """The task of a name, of a file's path, or of the name that `task_names` gives to a file (`own_…`).
 
     `ValueError` naming the known ones.
     """
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
     if name in TASKS:
         return TASKS[name]
     if isinstance(name, str) and (own.is_file_name(name) or name.startswith(own.PREFIX)):
@@ -73,7 +75,7 @@ def task_named(name: str) -> Task:
                      f"{', '.join(own.FORMATS)}")
 
 
-def build_task(name: str, folder: Path | str, *, seed: int = 42, split_by: str = "synset", train_phrases: bool = True,
+def build_task(name: str | os.PathLike, folder: Path | str, *, seed: int = 42, split_by: str = "synset", train_phrases: bool = True,
                split_sizes: Sequence[float] | None = None, file: str | None = None) -> datasets.DatasetDict:
     """Build a task into `folder`, or load it from there if it is whole and made from the same parameters and rules.
 
@@ -97,7 +99,7 @@ def build_task(name: str, folder: Path | str, *, seed: int = 42, split_by: str =
     return load_task(folder)
 
 
-def is_built(name: str, folder: Path | str, **parameters: Any) -> bool:
+def is_built(name: str | os.PathLike, folder: Path | str, **parameters: Any) -> bool:
     """Whether `build_task` with these parameters would find the task built and whole."""
     try:
         return is_current(user_path(folder), **_builder(name, **parameters)[1])
@@ -105,11 +107,11 @@ def is_built(name: str, folder: Path | str, **parameters: Any) -> bool:
         return False
 
 
-def _builder(name: str, *, seed: int = 42, split_by: str = "synset", train_phrases: bool = True,
+def _builder(name: str | os.PathLike, *, seed: int = 42, split_by: str = "synset", train_phrases: bool = True,
              split_sizes: Sequence[float] | None = None, file: str | None = None
              ) -> tuple[Callable[..., TaskRows], dict[str, Any]]:
     """What makes the rows, and the name, parameters and fingerprint of rules that the card will hold."""
-    kind = task_named(name).kind
+    kind, name = task_named(name).kind, os.fspath(name)
     parameters: dict[str, Any]
     if name in ("sst3", "sst5"):
         parameters = {"classes": int(name[3:]), "train_phrases": train_phrases}

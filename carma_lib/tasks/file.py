@@ -221,7 +221,7 @@ def _checked(path: Path, place: str, row: dict[str, Any]) -> dict[str, Any]:
         split = known
     try:
         phrases = _phrases(row.get("phrases"), row["text"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise wrong(f"phrases is {str(row['phrases'])[:60]!r} ({first_line(error)})",
                     "write [[0, 7], [11, 20]] or [\"the bird\"], or leave the column out") from error
     return {"text": row["text"], "target": row["target"], "split": split, "group": group, "phrases": phrases}
@@ -241,7 +241,7 @@ def _phrases(value: Any, text: str) -> list[list[int]]:
                 raise ValueError(f"{phrase[:40]!r} is not in the text, or not in this order")
             phrase = [start, start + len(phrase)]
         start, end = phrase
-        if not isinstance(start, int) or not isinstance(end, int) or not 0 <= start < end <= len(text):
+        if type(start) is not int or type(end) is not int or not 0 <= start < end <= len(text):
             raise ValueError(f"[{start}, {end}] is not in the text of {len(text)} characters")
         spans.append([start, end])
     spans.sort()
