@@ -80,6 +80,9 @@ def command_line(work: Path) -> Iterator[Case]:
         "depth_shares=[0.5, 1.5]", "test_items=-1", "vocabulary_size=10", '06_what_the_interventions_do.protocols=["median"]',
         '06_what_the_interventions_do.method="carmen"', '06_what_the_interventions_do.seed=-3', '05_how_carma_works.layers=0',
         "05_how_carma_works.batches=[0]", '01_data_construction.start="/no/such"', "fail=1", "steps", "run_dir=x", "=", "run=", "02_finetune.=3",
+        "rates=[]", "baseline=carma", "04_statistics.methods=['fine_tuning']", "02_finetune.methods=['untuned','fine_tuning','carma']",
+        "levels=['phrase']", "rates=[0.25,0.250001]", "12_pretrained_answers.changes={'claims': []}",
+        "08_study_results.changes={'claims': [{'name': 'x'}]}", "width=12",
     ]
     for setting in settings:
         yield f"--set {setting}", partial(main, ["run", "--profile", "ci", "--dry-run", "--run-dir", str(work / "new"), "--set", setting])
@@ -93,7 +96,8 @@ def command_line(work: Path) -> Iterator[Case]:
         yield f"--run-dir: {name}", partial(main, ["run", "--profile", "ci", "--dry-run", "--fresh", "--run-dir", str(folder)])
     for words in (["run", "--profile", "nowhere"], ["run", "--resume", "--fresh"], ["walk"], [], ["sweep"], ["sweep", str(work / "gone.yml")],
                   ["sweep", str(work)], ["sweep", "sweeps/example.yml", "--dry-run", "--workers", "0"],
-                  ["sweep", "sweeps/example.yml", "--dry-run", "--workers", "two"],
+                  ["sweep", "sweeps/example.yml", "--dry-run", "--workers", "two"], ["sweep", "sweeps/example.yml", "--dry-run", "--scheduler", ""],
+                  ["sweep", "sweeps/example.yml", "--retries", "-1"],
                   ["sweep", "sweeps/example.yml", "--dry-run", "--slurm", str(work / "gone.yml")], ["publish", "now"]):
         yield " ".join(words) or "no command", partial(main, words)
 

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import yaml
 
 CHECKSUMS = "checksums.json"
 PARTIAL = ".partial-"  # how the name of a file or folder begins that is being written, or that a kill left behind
@@ -108,8 +110,34 @@ def reading(path: Path | str, way_out: str = _WAY_OUT) -> Iterator[None]:
         raise RunError(f"{path} is damaged ({first_line(error)}): {way_out}") from error
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key is written once, and only decimal digits are a whole number (not 12:00:00 or 010)."""
+
+    yaml_implicit_resolvers = {first: [(tag, rule) for tag, rule in rules if not tag.endswith(":int")]
+                               for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node, keys = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                if key.value in keys:
+                    raise yaml.MarkedYAMLError(problem=f"'{key.value}' is written twice", problem_mark=key.start_mark)
+                keys.add(key.value)
+        return node
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text holds; `yaml.YAMLError` for a text that is damaged, has tags, or writes a key twice."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader
+
+
 def first_line(error: BaseException) -> str:
-    """An error's first line of at most 160 characters, or its type where it says nothing."""
+    """An error's first line of at most 160 characters, or its type where it says nothing; of YAML with the line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"[:160]
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import yaml
 
 from carma_lib.collate import LEVELS
-from carma_lib.files import RunError, code_fingerprint, fingerprint, read_json, user_path
+from carma_lib.files import RunError, code_fingerprint, fingerprint, parse_yaml, read_json, user_path
 from carma_lib.lab.cell import Cell
 from carma_lib.lab.recipe import SMALL_STARTS, Recipe, Testing, Training, recipe_for
 from carma_lib.lab.study import read_study
 from carma_lib.methods import METHODS
 from carma_lib.models import load_config
 from carma_lib.pooling import PROTOCOLS
+from carma_lib.stats.claims import check_plan, claims_for
 from carma_lib.tasks import TASKS, task_named
 from carma_lib.tasks import file as own
 from carma_lib.tasks.controlled.lexicon import lexicon_file
@@ -34,7 +35,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("test_items", "pooled_items", "shown_items", "item", "repeated_cells"), (lambda value: value >= 0, "at least 0")),
     **dict.fromkeys(("seed", "seeds"), (lambda value: type(value) is int and 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")),
     **dict.fromkeys(("rates", "depth_shares", "depth_share"), (lambda value: 0 < value <= 1, "above 0 and at most 1")),
-    **dict.fromkeys(("confidence", "margin"), (lambda value: 0 < value < 1, "between 0 and 1")),
+    **dict.fromkeys(("margin",), (lambda value: 0 < value < 1, "between 0 and 1")),
     **dict.fromkeys(("method", "methods", "baseline"), (lambda value: value in METHODS, f"one of {', '.join(METHODS)}")),
     **dict.fromkeys(("levels", "level"), (lambda value: value in LEVELS or 0 < value < 1, f"one of {', '.join(LEVELS)}")),
     "protocols": (lambda value: value in PROTOCOLS, f"one of {', '.join(PROTOCOLS)}"),
@@ -91,11 +92,14 @@ def project_root() -> Path:
 def read_manifest(root: Path) -> tuple[list[Notebook], dict[str, dict[str, dict[str, Any]]]]:
     """The notebooks and the profiles (profile → notebook → parameters) of `nbs_ci.yml`. `RunError` if malformed."""
     try:
-        manifest = yaml.safe_load((root / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_yaml((root / MANIFEST).read_text(encoding="utf-8"))
         notebooks = [Notebook(entry["name"], root / "notebooks" / f"{entry['name']}.ipynb",
                               tuple(entry["needs"]), tuple(entry["makes"]), int(entry["cell_seconds"]),
                               int(entry["total_seconds"])) for entry in manifest["notebooks"]]
-        profiles = {name: profile or {} for name, profile in manifest["profiles"].items()}
+        for place, (entry, notebook) in enumerate(zip(manifest["notebooks"], notebooks)):
+            if notebook in notebooks[:place] or not type(entry["needs"]) is type(entry["makes"]) is list or min(notebook.cell_seconds, notebook.total_seconds) < 1:
+                raise TypeError(f"{notebook.name} is listed twice, its needs or makes are no list, or a time limit is below 1 second")
+        profiles = {str(name): profile or {} for name, profile in manifest["profiles"].items()}
         if not all(isinstance(profile, dict) and all(isinstance(parameters, dict) or parameters is False
                                                      for parameters in profile.values())
                    for profile in profiles.values()):
@@ -194,9 +198,13 @@ def _apply_settings(settings: dict[str, str], chosen: dict[str, dict[str, Any]],
 
 
 def _literal(text: str) -> Any:
-    """A value of the command line: a Python literal, else the text itself."""
+    """A value of the command line: a Python literal, its tuples as lists, else the text itself."""
+    def plain(value: Any) -> Any:
+        return ({name: plain(each) for name, each in value.items()} if isinstance(value, dict) else
+                [plain(each) for each in value] if isinstance(value, (list, tuple)) else value)
+
     try:
-        return ast.literal_eval(text)
+        return plain(ast.literal_eval(text))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
@@ -221,6 +229,7 @@ def _check_values(parameters: dict[str, dict[str, Any]]) -> None:
                 if given not in studies:
                     studies[given] = read_study(project_root() / values["plan"], values["changes"])
                     studies[given].cells(defaultdict(lambda: 1e-3), {})  # which checks every cell's recipe
+                    check_plan(claims_for(studies[given].claims, studies[given].tasks))
                 study = studies[given]
                 if unknown := [block for block in values.get("blocks", ()) if block not in study.blocks]:
                     raise ValueError(f"the plan has no block '{unknown[0]}'; it has {', '.join(study.blocks)}")
@@ -230,7 +239,7 @@ def _check_values(parameters: dict[str, dict[str, Any]]) -> None:
         if name := "02_finetune" if "02_finetune" in parameters else "":
             _check_cells(parameters[name], parameters.get("03_evaluate", {}))
             if name := "04_statistics" if "04_statistics" in parameters else "":
-                _check_comparison(parameters["02_finetune"]["methods"], parameters[name]["methods"])
+                _check_comparison(parameters["02_finetune"]["methods"], parameters[name]["methods"], parameters[name]["baseline"])
     except (ValueError, TypeError, OSError) as error:
         if "hub cannot be reached" not in str(error):  # what depends on the model is then checked when it is loaded
             raise RunError(f"{name}: {' '.join(str(error).split())}") from error
@@ -259,6 +268,12 @@ def _check_cells(training: dict[str, Any], testing: dict[str, Any]) -> None:
             raise ValueError(f"{setting} is empty; name at least one")
     if wrong := [name for name in testing.get("recipe", {}) if name not in Testing.model_fields]:
         raise ValueError(f"03_evaluate: '{wrong[0]}' is no setting of the tests; there are {', '.join(Testing.model_fields)}")
+    if training["methods"][0] == "untuned":  # notebook 2 takes the first one for the time of a training
+        raise ValueError("methods begins with 'untuned', which is not trained: put it last")
+    if not testing.get("rates", [0.25]):
+        raise ValueError("03_evaluate: rates is empty; name at least one share of words to replace, such as [0.25]")
+    if testing.get("depth_shares") and "word" not in testing.get("levels", ["word"]):
+        raise ValueError("03_evaluate: levels must name 'word', which the figures show; for no pooling leave depth_shares empty")
     tests = {name: testing[name] for name in testing if name in Testing.model_fields} | testing.get("recipe", {})
     for task in training["tasks"]:
         filled = recipe_for(task_named(task).kind, {"start": training["start"], "steps": training["steps"],
@@ -270,12 +285,16 @@ def _check_cells(training: dict[str, Any], testing: dict[str, Any]) -> None:
         raise ValueError(f"tokenizer_tasks: unknown task '{unknown[0]}'; there are {', '.join(TASKS)}")
 
 
-def _check_comparison(trained: list[str], compared: list[str]) -> None:
+def _check_comparison(trained: list[str], compared: list[str], baseline: str) -> None:
     if absent := [name for name in compared if name not in trained]:
         raise ValueError(f"methods names '{absent[0]}', which 02_finetune does not train; it trains {', '.join(trained)}")
     if len({*trained} - {"untuned"}) < 2:
         raise ValueError("there is nothing to compare: 02_finetune.methods must name two that train, such as "
                          "[\"fine_tuning\", \"carma\"]")
+    against = baseline if baseline in trained else next(name for name in METHODS if name in trained and name != "untuned")
+    compared = compared or (["carma"] if "carma" in trained else trained)
+    if not {*compared} - {against, "untuned"}:
+        raise ValueError(f"methods compares {', '.join(compared)} with the baseline {against}: name another method or baseline")
 
 
 def _check_types(notebook: str, parameters: dict[str, Any], known: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ def _open_status(plan: Plan, *, resume: bool, fresh: bool) -> dict[str, Any]:
     if entries is None or fresh:
         for path in plan.run_dir.iterdir():
             if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         entries = {}
     elif not entries:
         print(f"{plan.run_dir / 'status.json'} is damaged: every notebook runs again, finished cells are kept", flush=True)

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from safetensors import safe_open
 
-from carma_lib.files import (CHECKSUMS, PARTIAL, RunError, check_folder, code_fingerprint, fingerprint, locked, read_json,
-                             reading, remove_partial, user_path, whole_file, whole_folder, write_checksums, write_json)
+from carma_lib.files import (CHECKSUMS, PARTIAL, RunError, check_folder, code_fingerprint, fingerprint, locked,
+                             parse_yaml, read_json, reading, remove_partial, user_path, whole_file, whole_folder,
+                             write_checksums, write_json)
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -245,3 +246,19 @@ def test_code_fingerprint_reads_every_module_of_the_package():
              for path in sorted(package.rglob("*.py")) if path.stem != "__main__"]
     assert len({code_fingerprint(name) for name in names}) > len(names) - 5  # some `__init__` hold nothing else
     assert code_fingerprint(*names[:2]) != code_fingerprint(*names[1::-1])
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("walltime: 12:00:00", {"walltime": "12:00:00"}), ("seeds: [010, 1:30, 7, -1, 1_000, 0]", {"seeds": ["010", "1:30", 7, -1, 1000, 0]}),
+    ("a: &x {b: 1}\nc: {<<: *x, b: 2}", {"a": {"b": 1}, "c": {"b": 2}}), ("rate: 0.5\nlow: 1.0e-3\nyes: true", {"rate": 0.5, "low": 1e-3, True: True})])
+def test_yaml_holds_what_it_says(text, value):
+    assert parse_yaml(text) == value
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("steps: 4\nsteps: 8", "line 2: 'steps' is written twice"), ("a:\n  b: 1\n  c: 2\n  b: 3", "line 4: 'b' is written twice"),
+    ("a: [1, 2", "line 1: "), ("a: !!python/object:os.system {}", "line 1: ")])
+def test_yaml_that_is_wrong_names_its_line(tmp_path, text, said):
+    (tmp_path / "a.yml").write_text(text)
+    with pytest.raises(RunError, match=f"a.yml is damaged .{said}"), reading(tmp_path / "a.yml", "correct it"):
+        parse_yaml(text)

@@ -68,7 +68,8 @@ def table_of(folder):
     (dict(data={SENTIMENT: {"split": "row"}}), "unknown key 'split'; known are seed, split_by, train_phrases"),
     (dict(data={SENTIMENT: {"seed": "7"}}), "'seed' takes int, such as 42, not '7'"),
     (dict(models=[3]), "a mapping with 'start'"), (dict(models=[{"family": "llama"}]), "a mapping with 'start'"),
-    (dict(models=["random", {"start": "random"}]), "two models of the file are the same"),
+    (dict(models=["random", {"start": "random"}]), "two models of the file are trained alike"),
+    (dict(models=[{"start": "random", "rates": [0.25]}, {"start": "random", "rates": [0.4]}]), "two models of the file are trained alike"),
     (dict(models=["nowhere/no-model"]), "'nowhere/no-model'")])
 def test_what_a_file_may_not_say_is_one_line(tmp_path, changes, message):
     with pytest.raises(RunError) as error:

@@ -242,3 +242,18 @@ def test_files_and_names_that_are_cited_exist():
         for name in re.findall(r"\bcarma_lib(?:\.[A-Za-z_]\w*)+", text) if file.suffix == ".yml" else ():
             module, _, attribute = name.rpartition(".")
             assert hasattr(importlib.import_module(module), attribute) or importlib.util.find_spec(name), (file, name)
+
+
+def test_tuples_on_the_command_line_are_lists():
+    assert manifest._literal("(0, 1)") == [0, 1] and manifest._literal("{'a': ((0, 1), 2)}") == {"a": [[0, 1], 2]}
+
+
+def test_fresh_takes_a_link_away_and_leaves_what_it_leads_to(project, tmp_path):
+    run, elsewhere = project / "runs" / "default", tmp_path / "disk"
+    run.mkdir(parents=True)
+    elsewhere.mkdir()
+    (elsewhere / "kept.txt").write_text("kept")
+    (run / "end.txt").symlink_to(elsewhere)
+    write_json(run / "status.json", {"notebooks": {}})
+    notebooks._open_status(manifest.make_plan("default", root=project), resume=False, fresh=True)
+    assert not (run / "end.txt").is_symlink() and (elsewhere / "kept.txt").read_text() == "kept"

@@ -13,11 +13,11 @@ from statsmodels.stats.power import TTestPower
 
 from carma_lib.stats import inference
 from carma_lib.stats import metrics as statistics
-from carma_lib.stats.claims import default_claims, power_table, primary_comparisons
+from carma_lib.stats.claims import check_plan, default_claims, power_table, primary_comparisons
 from carma_lib.stats.curves import clustered_slope, still_rising
 from carma_lib.stats.inference import NotComparable
 from carma_lib.stats.intervals import critical_value, crossed_interval, cv_interval, tail_probability
-from carma_lib.stats.table import ResultsError, check_results, read_results
+from carma_lib.stats.table import ResultsError, at_the_end, check_results, read_results
 
 def accuracy(table):
     return statistics.summarise(table, "accuracy")
@@ -476,8 +476,7 @@ def test_no_spread_at_all_is_an_exact_binomial_matter():
 def test_wrong_confidences_are_refused_at_every_door(results, confidence):
     cells = few(3, 4, 1.0)
     curves, values = made_history(), np.array([0.5, 0.6, 0.7])
-    for call in (lambda: primary_comparisons(results, PLAN[:1], confidence=confidence),
-                 lambda: statistics.summarise(results, "accuracy", confidence=confidence),
+    for call in (lambda: statistics.summarise(results, "accuracy", confidence=confidence),
                  lambda: statistics.coefficient_of_variation(results, confidence=confidence),
                  lambda: statistics.macro_f1(results, confidence=confidence),
                  lambda: inference.paired_test(*cells, confidence=confidence),
@@ -689,3 +688,41 @@ def test_a_margin_is_not_tested_where_no_answer_differs():
     claim = {"name": "no worse", "kind": "non-inferiority", "metric": "accuracy", "margin": 0.02, **CLEAN, **PAIR}
     row = primary_comparisons(frame, [claim]).iloc[0]
     assert row.outcome == "not tested" and "no answer differs between the two" in row.note
+
+
+# -- few items, several models, margins ------------------------------------------------------------------
+
+def test_the_spread_over_counted_items_is_theirs_alone():
+    """Items outside a ratio's denominator hold still: the interval is that of the counted items by themselves."""
+    answers = np.random.default_rng(1).random((4, 7)) < 0.6
+    inside = np.pad(np.ones((4, 7)), ((0, 0), (0, 53)))
+    among = statistics.Crossed(np.arange(4), np.arange(60), np.pad(answers.astype(float), ((0, 0), (0, 53))), inside)
+    alone = crossed(answers.astype(float))
+    assert crossed_interval(among.values, counted=7) == pytest.approx(crossed_interval(alone.values), nan_ok=True)
+    other = np.random.default_rng(2).random((4, 7)) < 0.4
+    shifted = statistics.Crossed(among.seeds, among.items, np.pad(other.astype(float), ((0, 0), (0, 53))), inside)
+    assert inference.paired_test(among, shifted)[:5] == pytest.approx(inference.paired_test(alone, crossed(other.astype(float)))[:5])
+
+
+@pytest.mark.parametrize(("items", "outcome"), [(1, "not tested"), (4, "not tested"), (5, "shown")])
+def test_a_handful_of_items_is_no_claim(items, outcome):
+    table = made_results(seeds=5, items=items)
+    table["rank"] = np.where(table["method"] == "carma", 1, 2 + table["seed"] % 2)
+    row = primary_comparisons(table, [{"name": "a", "kind": "difference", "metric": "mean_reciprocal_rank", "split": "test", "condition": "clean",
+                                       "method": "carma", "baseline": "fine_tuning"}]).iloc[0]
+    assert (row.outcome, row.n_items) == (outcome, items) and np.isfinite(row.estimate)
+    assert outcome == "shown" or row.verdict == f"not tested: {items} item{'s' * (items > 1)} counted, a claim needs 5"
+
+
+@pytest.mark.parametrize("margin", [2, 1, float("inf"), float("nan"), True, "0.02", 0, -0.1])
+def test_margins_are_shares(margin):
+    with pytest.raises(ValueError, match="only non-inferiority has a margin, a number above 0, in shares below 1"):
+        check_plan([{"name": "a", "kind": "non-inferiority", "metric": "accuracy", "method": "carma", "baseline": "fine_tuning", "margin": margin}])
+
+
+def test_each_model_ends_where_its_own_training_ends():
+    short, long = (made_results().assign(model=model, budget=lambda table: np.where(table["budget"] > 0, budget, 0))
+                   for model, budget in (("a", 300), ("b", 600)))
+    early = long[long["budget"] > 0].assign(budget=300)
+    ended = at_the_end(pd.concat([short, long, early]))
+    assert set(map(tuple, ended.loc[ended["budget"] > 0, ["model", "budget"]].to_numpy())) == {("a", 300), ("b", 600)}

@@ -14,11 +14,10 @@ from typing import Any
 
 import dask
 import torch
-import yaml
 from distributed import Client, Nanny, Scheduler, SpecCluster
 from tqdm import tqdm
 
-from carma_lib.files import RunError, ignore_in_children, reading
+from carma_lib.files import RunError, ignore_in_children, parse_yaml, reading, user_path
 
 LOST_WORKERS = 3  # so many workers may be lost to a cell before it counts as what kills them
 #: Of every local worker, set before it starts: threads that do not spin, and large buffers that are kept.
@@ -110,7 +109,7 @@ def scheduler_client(address: str) -> Iterator[Client]:
 def read_slurm(file: Path) -> tuple[int, dict[str, Any]]:
     """The number of jobs and the other keys of a SLURM file, which are `dask_jobqueue.SLURMCluster`'s. `RunError`."""
     with reading(file, "correct it"):
-        keys = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        keys = parse_yaml(user_path(file).read_text(encoding="utf-8"))
     if not isinstance(keys, dict) or type(keys.get("jobs")) is not int or keys["jobs"] < 1:
         raise RunError(f"{file} must hold 'jobs: <number>' beside the keys of dask_jobqueue.SLURMCluster")
     return keys.pop("jobs"), keys
@@ -123,7 +122,7 @@ def slurm_cluster(file: Path) -> tuple[int, Any]:
     jobs, keys = read_slurm(file)
     try:
         return jobs, SLURMCluster(**keys)
-    except (TypeError, ValueError, RuntimeError) as error:  # the last from Dask, as for an unknown interface
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # the last from Dask, as for an unknown interface
         raise RunError(f"{file}: {' '.join(str(error).split())}") from error
 
 

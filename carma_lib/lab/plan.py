@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 
-from carma_lib.files import RunError, reading, user_path
+from carma_lib.files import RunError, parse_yaml, reading, user_path
 from carma_lib.lab.cell import Cell
 from carma_lib.lab.recipe import Testing, recipe_for
 from carma_lib.methods import check_method
@@ -71,7 +70,7 @@ def read_sweep(file: Path | str) -> Sweep:
     with reading(file, "correct it"):
         if not file.is_file():
             raise RunError(f"{file} is no file; give the path of a sweep file, such as sweeps/example.yml")
-        text = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = parse_yaml(file.read_text(encoding="utf-8"))
     try:
         return _checked(file, text)
     except (ValueError, TypeError, OSError) as error:
@@ -101,8 +100,9 @@ def _checked(file: Path, text: Any) -> Sweep:
     models = [_model(entry, text, tasks) for entry in _listed(text, "models")]
     cells = tuple(Cell(task, method, seed, recipes[task])
                   for recipes, task, seed, method in itertools.product(models, tasks, seeds, methods))
-    if len(set(cells)) < len(cells):
-        raise ValueError("two models of the file are the same")
+    if len({cell.key for cell in cells}) < len(cells):
+        raise ValueError("two models of the file are trained alike, and a folder holds one training: give each its own settings of "
+                         "training, and write what is tested once, under conditions")
     run_dir = user_path(text["run_dir"])
     return Sweep(file, run_dir if run_dir.is_absolute() else Path.cwd() / run_dir, tuple(tasks), tuple(methods), cells, data)
 

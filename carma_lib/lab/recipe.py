@@ -181,12 +181,15 @@ class Recipe(Training, Testing):
             raise ValueError("a start of 4 bits is not sharded: take adapter 'lora', or processes=1")
         if self.small and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.small and self.family != "gpt2" and self.width // self.heads % 2:
+            raise ValueError(f"width {self.width} divided by heads {self.heads} is odd, and {self.family} turns pairs of numbers: take an "
+                             "even share")
         if self.depth_shares and not (self.protocols and self.levels):
             raise ValueError("pooling needs protocols and levels; leave depth_shares empty for none")
         for name in ("test_splits", "changed_splits", "rates", "depth_shares", "protocols", "levels", "measures", "plain_texts",
                      "test_at"):
             values = getattr(self, name)
-            if len(set(values)) < len(values):
+            if len({round(value, 4) if isinstance(value, float) else value for value in values}) < len(values):  # as tables have them
                 raise ValueError(f"{name} names something twice: {list(values)}")
         if trained := [name for name in self.test_splits + self.changed_splits if not name.startswith("test")]:
             raise ValueError(f"'{trained[0]}' is no test split; models are tested on splits that begin with 'test'")

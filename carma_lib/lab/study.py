@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-import yaml
 from pydantic import BeforeValidator, Field
 
-from carma_lib.files import RunError, reading
+from carma_lib.files import RunError, parse_yaml, reading
 from carma_lib.lab.cell import Cell
 from carma_lib.lab.recipe import Recipe, _Strict, _tuple, recipe_for
 from carma_lib.methods import check_method
@@ -167,13 +166,13 @@ def _recipe(study: str, task: str, start: str, changes: tuple) -> Recipe:
 
 @lru_cache(maxsize=8)
 def _parsed(study: str) -> dict[str, Any]:
-    return yaml.safe_load(study)
+    return parse_yaml(study)
 
 
 def read_study(file: Path, changes: Mapping[str, Any] | None = None) -> Study:
     """A study's plan, with some of it changed: mappings are changed by key. `RunError` or `ValueError` in one line."""
     with reading(file, "correct it"):
-        plan = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if Path(file).is_file() else None
+        plan = parse_yaml(Path(file).read_text(encoding="utf-8")) if Path(file).is_file() else None
     if not isinstance(plan, dict):
         raise RunError(f"{file} holds no plan of a study; give the path of one")
     return Study(**_merged(plan, changes or {}))

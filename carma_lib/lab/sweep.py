@@ -33,6 +33,7 @@ def plan_text(sweep: Sweep, where: Where) -> str:
     Raises `RunError` if the disk is too small for it, or a training wants more GPUs than there are.
     """
     cpu_only = False
+    _check_where(where)
     if where.slurm:
         count, cluster = slurm_cluster(where.slurm)
         with cluster:
@@ -50,11 +51,20 @@ def plan_text(sweep: Sweep, where: Where) -> str:
     return describe(sweep, found, workers=count, where=text, cpu_only=cpu_only)
 
 
+def _check_where(where: Where) -> None:
+    for name, value in (("scheduler", where.scheduler), ("slurm", where.slurm)):
+        if value is not None and not str(value).strip():
+            raise ValueError(f"{name} is empty: give its address or file, or leave the option out for processes of this machine")
+
+
 def run_sweep(sweep: Sweep, where: Where = Where(), *, retries: int = 1) -> tuple[Path, dict[Cell, str]]:
     """Run what is open of a sweep and make its report; its path, and each cell without a result with one line why.
 
     Raises as `run` does; cells that fail are tried `retries` times more, then left out.
     """
+    _check_where(where)
+    if retries < 0:
+        raise ValueError(f"retries is {retries}; it must be at least 0")
     sharing = 1
     if where.scheduler:
         opened = scheduler_client(where.scheduler)

@@ -127,7 +127,7 @@ def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None,
         p = min(2 * 0.5**counted, 1.0) if margin is None or above > 0 else 1.0
     else:
         statistic = above / found.standard_error
-        p = min(1.0, 2 * tail_probability(abs(statistic) if margin is None else statistic, found.seed_share, *values.shape))
+        p = min(1.0, 2 * tail_probability(abs(statistic) if margin is None else statistic, found.seed_share, len(values), counted))
     return Comparison(*found[:3], p, found.standard_error, note)
 
 

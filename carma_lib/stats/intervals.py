@@ -64,8 +64,9 @@ def crossed_interval(values: np.ndarray, *, confidence: float = 0.95, counted: i
     - items' part, what the choice of items adds: max(0, s²(item means) / items - MS_r / (seeds · items)).
 
     Half width: `critical_value` times the standard error. The interval is cut at `bounds`. With one seed or one item
-    it covers the other factor only, and the note says so. If all values are the same, `_constant_interval` applies to
-    the `counted` items (all by default; fewer if only some items are in a ratio's denominator).
+    it covers the other factor only, and the note says so. If all values are the same, `_constant_interval` applies.
+    counted: how many items are in a ratio's denominator, all by default; the others hold still, and the spread over
+    items and its degrees of freedom are those of the counted ones.
     """
     check_confidence(confidence)
     values = np.asarray(values, dtype=float)
@@ -78,17 +79,20 @@ def crossed_interval(values: np.ndarray, *, confidence: float = 0.95, counted: i
         return _constant_interval(mean, counted or items, confidence, bounds)
     by_seed, by_item = values.mean(axis=1), values.mean(axis=0)
     seed_part = by_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
-    item_part = by_item.var(ddof=1) / items if items > 1 else 0.0
-    if seeds > 1 and items > 1:
-        freedom = (seeds - 1) * (items - 1)
+    counted, of_counted = counted or items, 1.0
+    if 1 < counted < items:  # the others hold still, so n - 1 is that of the counted ones
+        of_counted = (1 - 1 / items) / (1 - 1 / counted)
+    item_part = of_counted * by_item.var(ddof=1) / items if counted > 1 else 0.0
+    if seeds > 1 and counted > 1:
+        freedom = (seeds - 1) * (counted - 1)
         residual = values - by_seed[:, None] - by_item + mean
-        residual_part = np.square(residual).sum() / freedom / (seeds * items)
+        residual_part = of_counted * np.square(residual).sum() / ((seeds - 1) * (items - 1)) / (seeds * items)
         seed_part = max(seed_part, _low_ratio(seeds - 1, freedom) * residual_part)
         item_part = max(item_part - residual_part, 0.0)
     error, share = np.sqrt(seed_part + item_part), seed_part / (seed_part + item_part)
-    half = critical_value((1 - confidence) / 2, share, seeds, items) * error
+    half = critical_value((1 - confidence) / 2, share, seeds, counted) * error
     note = ("one seed: interval over items only" if seeds == 1 else
-            "one item: interval over seeds only" if items == 1 else "")
+            "one item: interval over seeds only" if counted == 1 else "")
     return Interval(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), error, share, note)
 
 

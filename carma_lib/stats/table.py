@@ -109,8 +109,8 @@ def check_results(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_the_end(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a table at the end of each task's training, and those of untuned models."""
-    last = results.groupby("task", observed=True)["budget"].transform("max")
+    """The rows of a table at the end of each task's and model's training, and those of untuned models."""
+    last = results.groupby(["task", "model", "start"], observed=True)["budget"].transform("max")
     return results[(results["budget"] == last) | (results["budget"] == 0)]
 
 
