@@ -58,8 +58,8 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, prefix: str 
                              f"is {encoded[failed[0]]['target']!r}: choose others or pass drop=True")
         kept = [row for row in kept if target_ids[row] >= 0]
     if not kept:
-        raise ValueError(f"none of {len(encoded)} rows is left: their targets are not one token, or they are longer than {limit:,} "
-                         "tokens; take another tokenizer, or answer='text'")
+        why = f"all are longer than {limit:,} tokens" if len(long) == len(lengths) else "no target is one token of this tokenizer"
+        raise ValueError(f"none of {len(encoded)} rows is left, {why}: cut them, or take another tokenizer or answer='text'")
     return encoded if len(kept) == len(encoded) else encoded.select(kept)
 
 

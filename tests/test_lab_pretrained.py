@@ -133,7 +133,7 @@ def test_too_little_memory_is_refused_before_a_step(folder, starts, client, monk
 
 def test_a_start_without_any_answer_is_refused(folder, tmp_path, client):
     start = save_small_pretrained("gpt2", tmp_path / "letters", texts=["abc"], vocabulary=260)
-    with pytest.raises(CellFailed, match="no training row's answer is one token of this tokenizer") as error:
+    with pytest.raises(CellFailed, match="none of 200 rows is left, no target is one token of this tokenizer") as error:
         run([cell_of(str(start))], folder, client, data=DATA)
     assert "\n" not in str(error.value)
 
