@@ -89,10 +89,10 @@ class CarmaMixin:
         mask = torch.ones_like(ids) if mask is None else mask
         if words is None:
             words = self._carma_words().constituent_ids(ids, mask, documents)
+        labels = inputs.get("labels")  # which label smoothing takes out
         with self._carma_kept.during():
             found = base()
         task_loss = found[0] if return_outputs else found
-        labels = inputs.get("labels")
         if isinstance(labels, Tensor) and labels.dim() == 2:  # rows of which nothing is learned have no mean: they count 0
             task_loss = torch.where((labels[:, 1:] != IGNORED).any(), task_loss, torch.zeros_like(task_loss))
         states = self._carma_kept.take(*ids.shape, task_loss)

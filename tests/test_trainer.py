@@ -807,15 +807,16 @@ def test_frozen_below_the_terms(tmp_path):
         trained(tmp_path, single_target_rows(), model, carma=replace(CARMA, mi_layers=(0, 1)))
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_rows_of_which_nothing_is_learned_count_nothing(tmp_path, accumulated):
+@pytest.mark.parametrize(("accumulated", "smoothing"), [(1, 0.0), (2, 0.0), (1, 0.1)])
+def test_rows_of_which_nothing_is_learned_count_nothing(tmp_path, accumulated, smoothing):
     """Where a long prompt was cut, only −100 is left; such a micro-batch has no task loss, with or without CARMA."""
     rows = language_model_rows().to_list()
     rows = Dataset.from_list([{**row, "labels": [-100] * len(row["labels"])} if place % 2 else row for place, row in enumerate(rows)])
     for carma in (PLAIN, CARMA):
         model = tiny_model("llama")
         trainer = CarmaTrainer(model, arguments(tmp_path, max_steps=4, per_device_train_batch_size=1, learning_rate=0.01,
-                                                gradient_accumulation_steps=accumulated), train_dataset=rows,
+                                                gradient_accumulation_steps=accumulated, label_smoothing_factor=smoothing),
+                               train_dataset=rows,
                                processing_class=TOKENIZER, carma=carma)
         trainer.train()
         losses = [entry["task_loss"] for entry in trainer.state.log_history if "task_loss" in entry]
