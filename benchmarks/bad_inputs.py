@@ -92,7 +92,7 @@ def command_line(work: Path) -> Iterator[Case]:
         folder.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     for name, folder in (("a file", file), ("in a file", file / "run"), ("foreign files", thesis), ("damaged and foreign", damaged),
-                         ("nobody's home", "~no_such_user/run")):
+                         ("nobody's home", "~no_such_user/run"), ("a zero byte", "run\0s")):
         yield f"--run-dir: {name}", partial(main, ["run", "--profile", "ci", "--dry-run", "--fresh", "--run-dir", str(folder)])
     for words in (["run", "--profile", "nowhere"], ["run", "--resume", "--fresh"], ["walk"], [], ["sweep"], ["sweep", str(work / "gone.yml")],
                   ["sweep", str(work)], ["sweep", "sweeps/example.yml", "--dry-run", "--workers", "0"],
@@ -146,6 +146,8 @@ def sweep_file(work: Path) -> Iterator[Case]:
         "data of another task": {"data": {"sst3": {}}}, "split_by unknown": {"tasks": ["wordnet_inverse_dictionary"], "data": {
             "wordnet_inverse_dictionary": {"split_by": "column"}}}, "steps in words": {"settings": {"steps": "many"}},
         "test_at after the end": {"settings": {"steps": 10, "warmup_steps": 0, "test_at": [20]}}, "settings is a list": {"settings": [1]},
+        "settings is an empty list": {"settings": []}, "conditions are false": {"conditions": False}, "data is 0": {"data": 0},
+        "a zero byte in run_dir": {"run_dir": "run\0s"},
         "layers of no block": {"settings": {"steps": 10, "warmup_steps": 0, "mi_layers": [0, 9]}}, "steps and epochs": {"settings": {"steps": 1, "epochs": 1}},
     }
     texts = {name: yaml.safe_dump({**right, **change}) for name, change in changes.items()} | {

@@ -30,7 +30,9 @@ class RunError(Exception):
 
 
 def user_path(path: Path | str) -> Path:
-    """The path with a leading `~` or `~name` replaced by that home folder. `RunError` for an unknown user."""
+    """The path with a leading `~` or `~name` replaced by that home folder. `RunError` for an unknown user or a zero byte."""
+    if "\0" in str(path):
+        raise RunError(f"{str(path)!r} holds a zero byte, which no name can: write it again")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

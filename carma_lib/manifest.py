@@ -241,8 +241,9 @@ def _check_values(parameters: dict[str, dict[str, Any]]) -> None:
             if name := "04_statistics" if "04_statistics" in parameters else "":
                 _check_comparison(parameters["02_finetune"]["methods"], parameters[name]["methods"], parameters[name]["baseline"])
     except (ValueError, TypeError, OSError) as error:
-        if "hub cannot be reached" not in str(error):  # what depends on the model is then checked when it is loaded
-            raise RunError(f"{name}: {' '.join(str(error).split())}") from error
+        text = " ".join(str(error).split())
+        if "hub cannot be reached" not in text:  # what depends on the model is then checked when it is loaded
+            raise RunError(text if text.startswith("03_evaluate: ") else f"{name}: {text}") from error
 
 
 def _check_value(setting: str, value: Any) -> None:

@@ -46,6 +46,7 @@ def refused(call, *named):
     (dict(similarity="euclid"), "'similarity'"), (dict(mi_layers=(1, 0)), "mi_layers"), (dict(mi_layers=(0, 2)), "mi_layers"),
     (dict(mi_layers=3), "'mi_layers'"), (dict(stability_layers=(0, 1, 2)), "'stability_layers'"), (dict(stability_layers=(-1, 1)), "stability_layers"),
     (dict(test_splits=("train",)), "'train' is no test split"), (dict(changed_splits=("validation",)), "'validation' is no test split"),
+    (dict(test_splits=("test",), changed_splits=("test_seen",)), "changed_splits names 'test_seen', which test_splits leaves out"),
     (dict(test_splits=("test_seen", "test_seen")), "test_splits names something twice"), (dict(rates=(0.0,)), "'rates.0'"),
     (dict(rates=(1.5,)), "'rates.0'"), (dict(rates=("a",)), "'rates.0'"), (dict(rates=(0.1, 0.1)), "rates names something twice"),
     (dict(rates=(math.nan,)), "'rates.0'"), (dict(depth_shares=(2.0,)), "'depth_shares.0'"), (dict(protocols=("median",)), "'protocols.0'"),

@@ -132,6 +132,8 @@ BROKEN = {
     "conflict.csv": (many("text 3,answer 0"), "line 22: its text has the target 'answer 0' here and 'answer 1' in line 5"),
     "one.csv": (csv_of([f"text {n},yes" for n in range(20)]), "every row has the target 'yes'"),
     "no_text.csv": (many(" ,a"), "line 22: the text is missing: fill it in"),
+    "unseen.csv": (many("\u200b\u2060 \ufeff,a"), "line 22: the text is missing: fill it in"),
+    "unseen.jsonl": ('{"text": "a", "target": "\\u200b"}\n', "line 1: the target is missing"),
     "no_target.csv": (many("b,"), "line 22: the target is missing"),
     "split.csv": (many("b,a,holdout", "text,target,split"), "line 22: the split is 'holdout': write train, validation"),
     "half.csv": (many("b,a,", "text,target,split"), "the row with the text 'b' has no split: fill the column in every"),

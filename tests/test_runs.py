@@ -36,6 +36,21 @@ def test_every_bad_input_gives_one_clear_line(door, tmp_path, monkeypatch):
     assert number >= 10 and wrong == {}
 
 
+def test_a_refusal_names_one_notebook():
+    with pytest.raises(RunError, match="^03_evaluate: rates is empty"):
+        manifest.make_plan("ci", root=ROOT, settings={"03_evaluate.rates": "[]"})
+
+
+def test_a_sweep_may_leave_its_parts_empty(tmp_path):
+    text = "run_dir: r\ntasks: [controlled_sentiment]\nmodels: [random]\nmethods: [carma]\nseeds: [1]\n"
+    sweeps = []
+    for number, more in enumerate(("", "settings:\nconditions:\ndata:\n", "settings: {}\nconditions: {}\ndata: {}\n")):
+        file = tmp_path / f"{number}.yml"
+        file.write_text(text + more)
+        sweeps.append(read_sweep(file))
+    assert sweeps[0].cells == sweeps[1].cells == sweeps[2].cells and sweeps[0].data == sweeps[1].data == sweeps[2].data == {}
+
+
 # --- run folders ------------------------------------------------------------------------------------------------
 
 WAIT = "import time\nfrom pathlib import Path\ntime.sleep(seconds)\n(Path(run_dir) / 'end.txt').write_text('end')"

@@ -726,3 +726,12 @@ def test_each_model_ends_where_its_own_training_ends():
     early = long[long["budget"] > 0].assign(budget=300)
     ended = at_the_end(pd.concat([short, long, early]))
     assert set(map(tuple, ended.loc[ended["budget"] > 0, ["model", "budget"]].to_numpy())) == {("a", 300), ("b", 600)}
+
+
+def test_a_claim_of_numbers_that_are_not_finite_names_the_method():
+    table = made_results()
+    table.loc[table.index[table["method"] == "carma"][3], "log_probability"] = -np.inf
+    claim = {"kind": "difference", "split": "test", "condition": "clean", "method": "carma", "baseline": "fine_tuning"}
+    rows = primary_comparisons(table, [{**claim, "name": name, "metric": name} for name in ("accuracy", "mean_log_probability")])
+    assert list(rows["outcome"] == "not tested") == [False, True] and not rows["note"].iloc[0]
+    assert rows["note"].iloc[1] == "carma has answers whose mean_log_probability is not finite: look at their models' logits"

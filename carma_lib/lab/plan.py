@@ -94,7 +94,8 @@ def _checked(file: Path, text: Any) -> Sweep:
     seeds = _listed(text, "seeds")
     if wrong := [seed for seed in seeds if type(seed) is not int]:
         raise ValueError(f"seeds are whole numbers from 0 on, not {wrong[0]!r}")
-    data = _data(text.get("data") or {}, given)
+    text = {**dict.fromkeys(("settings", "conditions", "data"), {}), **{key: value for key, value in text.items() if value is not None}}
+    data = _data(text["data"], given)
     files = {task: {"file": str(user_path(task).resolve())} for task in given if names[task] != task}
     data = {names[task]: {**data.get(task, {}), **files.get(task, {})} for task in given if task in data or task in files}
     models = [_model(entry, text, tasks) for entry in _listed(text, "models")]
@@ -148,7 +149,7 @@ def _data(given: Any, tasks: list[str]) -> dict[str, dict[str, Any]]:
 
 def _model(entry: Any, text: Mapping, tasks: list[str]) -> dict[str, Any]:
     """The recipes of a model by task."""
-    settings, conditions = text.get("settings") or {}, text.get("conditions") or {}
+    settings, conditions = text["settings"], text["conditions"]
     for name, part in (("settings", settings), ("conditions", conditions)):
         if not isinstance(part, Mapping):
             raise ValueError(f"{name} must hold names and values, not {part!r}")

@@ -193,6 +193,8 @@ class Recipe(Training, Testing):
                 raise ValueError(f"{name} names something twice: {list(values)}")
         if trained := [name for name in self.test_splits + self.changed_splits if not name.startswith("test")]:
             raise ValueError(f"'{trained[0]}' is no test split; models are tested on splits that begin with 'test'")
+        if self.test_splits and (absent := [name for name in self.changed_splits if name not in self.test_splits]):
+            raise ValueError(f"changed_splits names '{absent[0]}', which test_splits leaves out: name it in both, or leave both empty")
         if self.steps and self.test_at and max(self.test_at) > self.steps:
             raise ValueError(f"test_at names step {max(self.test_at)}, the training ends at {self.steps}")
         if self.steps and self.warmup_steps and self.warmup_steps > self.steps:

@@ -89,6 +89,8 @@ def pair(results: pd.DataFrame, metric: str, method: str, baseline: str,
     if not len(seeds) or not len(items):
         raise NotComparable(f"{method} and {baseline} share no {'items' if len(seeds) else 'seeds'}")
     for name, cell in found.items():
+        if not np.isfinite(cell.numerator).all():
+            raise NotComparable(f"{name} has answers whose {metric} is not finite: look at their models' logits")
         if len(alone := np.setdiff1d(cell.seeds, seeds)):
             notes.append(f"seeds {', '.join(map(str, alone))} of {name} left out: not in both methods")
         if len(cell.items) > len(items):

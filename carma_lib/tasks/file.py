@@ -13,6 +13,7 @@ import io
 import json
 import math
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -228,7 +229,8 @@ def _checked(path: Path, place: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _missing(value: Any) -> bool:
-    return value is None or isinstance(value, float) and math.isnan(value) or isinstance(value, str) and not value.strip()
+    return value is None or isinstance(value, float) and math.isnan(value) or isinstance(value, str) and all(
+        unicodedata.category(letter)[0] in "ZC" for letter in value)  # spaces, and marks that show nothing
 
 
 def _phrases(value: Any, text: str) -> list[list[int]]:
