@@ -1,4 +1,5 @@
 """Shared by all tests: one thread a process, because tests run in two processes on two cores; and real data."""
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,13 @@ LONGEST = ("test_notebooks.py", "test_pipeline.py", "test_lab_train.py", "test_l
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """What is loaded already is not searched by the garbage collection with which the trainer ends every training."""
+    gc.collect()
+    gc.freeze()
 
 
 def _missing(what: str) -> None:

@@ -11,7 +11,7 @@ from carma_lib.report import plots as figures
 from carma_lib.report import study_plots, style
 from carma_lib.stats import metrics as statistics
 from carma_lib.stats.claims import primary_comparisons
-from carma_lib.stats.table import METHOD_LABELS
+from carma_lib.stats.table import METHOD_LABELS, task_label
 
 SPLITS = ("test_seen", "test_held_out", "test_longer")
 CLAIMS = [{"name": f"{kind} of {metric}", "kind": kind, "metric": metric, "split": "test_seen",
@@ -31,7 +31,7 @@ def comparisons(results):
     return primary_comparisons(results, CLAIMS)
 
 
-def made_lengths(tasks=("made_task", "a_task_with_a_longer_name")):
+def made_lengths(tasks=("sst3", "controlled_task_with_a_longer_name")):
     generator = np.random.default_rng(0)
     return pd.DataFrame([{"task": task, "split": split, "words": words} for task in tasks for place, split in enumerate(
         ("train", "validation", *SPLITS)) for words in generator.poisson(8 + place, 200)])
@@ -188,7 +188,7 @@ def test_points_and_bars_are_those_of_the_table(results):
 def test_boxes_of_text_lengths_are_those_of_the_table_and_in_its_order():
     table = made_lengths().iloc[::-1]
     for axes, (task, rows) in zip(figures.text_lengths(table).axes, table.groupby("task", sort=False)):
-        assert axes.get_title().replace("\n", " ") == task.replace("_", " ")
+        assert axes.get_title().replace("\n", " ") == task_label(task)
         splits = list(dict.fromkeys(rows["split"]))
         assert [label.get_text() for label in axes.get_yticklabels()] == [split.replace("_", " ") for split in splits]
         upright = [line for line in axes.lines if len(line.get_xdata()) == 2 and len(set(line.get_xdata())) == 1]

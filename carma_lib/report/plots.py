@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from carma_lib.report.style import (METHOD_COLOURS, METHOD_MARKERS, PAGE, check_one, make_panels, method_order,
                                     name_lines, panels_of, save_figure, seed_lines, styled)  # noqa: F401
-from carma_lib.stats.table import METHOD_LABELS, select
+from carma_lib.stats.table import METHOD_LABELS, select, task_label
 
 
 def _error_bar(axes: Axes, x, rows: pd.DataFrame, method: str, line: str = "none") -> None:
@@ -38,7 +38,7 @@ def text_lengths(lengths: pd.DataFrame) -> Figure:
     `lengths`: columns task, split and words, a row a text. Whiskers reach 1.5 box lengths; texts beyond are dots.
     """
     most = lengths.groupby("task")["split"].nunique().max()
-    figure, panels = panels_of(lengths, "task", height=0.55 + 0.2 * most, sharey=False)
+    figure, panels = panels_of(lengths.assign(task=lengths["task"].map(task_label)), "task", height=0.55 + 0.2 * most, sharey=False)
     for axes, rows in panels:
         splits = list(dict.fromkeys(rows["split"]))
         sns.boxplot(rows, x="words", y="split", order=splits, orient="h", ax=axes, color="#9ecae1", width=0.6,
