@@ -46,11 +46,23 @@ def ignore_in_children(warning: str) -> None:
         os.environ["PYTHONWARNINGS"] = f"{said},{warning}" if said else warning
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RunError(f"{folder} cannot be made, because a file or a dangling link is in its way: move that away") from error
+
+
 @contextlib.contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it becomes `path` if the block ends well, else nothing is left."""
+    """Yield a temporary path beside `path`; it becomes `path` if the block ends well, else nothing is left.
+
+    Raises `RunError` if `path` is a folder or its parent a file.
+    """
     path = user_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise RunError(f"{path} is a folder where a file would be written: move it away")
+    _make_folder(path.parent)
     handle, name = tempfile.mkstemp(prefix=PARTIAL, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -72,7 +84,7 @@ def whole_folder(path: Path | str) -> Iterator[Path]:
     path = user_path(path)
     if path.is_file():
         raise RunError(f"{path} is a file where a folder would be written: move it away, or give another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
     new, old = temporary / "new", temporary / "old"
     try:
@@ -201,7 +213,7 @@ def check_folder(folder: Path | str, *, content: bool = True) -> str | None:
                 return f"{path} has other content than when it was written"
     except RunError as error:
         return str(error)
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return f"{folder / CHECKSUMS} is damaged"
     return None
 
@@ -223,7 +235,7 @@ def locked(path: Path | str, *, wait: float = 0.0, busy: str | None = None) -> I
     path = user_path(path)
     busy = busy or f"{path.parent} is in use by another process (lock file {path.name}): wait until it ends"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         lock: Any = filelock.FileLock(path)
         try:
             lock.acquire(timeout=wait)

@@ -19,7 +19,7 @@ from carma_lib.tasks import read_card, task_named
 
 #: Raise one when a training, or the tests, come to something else with the same settings and data.
 #: Training and testing 2: another draw of the negatives, from the same distribution.
-TRAINING_RULES, TESTING_RULES = 2, 3
+TRAINING_RULES, TESTING_RULES = 2, 4
 RULES = f"{TRAINING_RULES}.{TESTING_RULES}"
 #: A cell's facts in tables.
 FACTS = ("cell", "task", "model", "start", "training_items", "method", "seed", "learning_rate", "strength", "change",
@@ -140,13 +140,18 @@ def testing_mark(folder: Path, cell: Cell) -> str:
     return fingerprint(training_mark(folder, cell), cell.recipe.testing_mark())
 
 
+def write_facts(file: Path, facts: dict[str, Any]) -> None:
+    """Write facts as JSON with a checksum of what they say."""
+    write_json(file, {**facts, "checksum": fingerprint(facts)})
+
+
 def finished_facts(file: Path) -> dict[str, Any]:
-    """What `trained.json` or `tested.json` says; {} if it is absent or damaged, so that it is made again."""
+    """What `write_facts` wrote; {} if it is absent or damaged, so that it is made again."""
     try:
-        facts = read_json(file, keys=("mark", "rules"))
+        facts = read_json(file, keys=("checksum",)) or {}
     except RunError:
         return {}
-    return facts or {}
+    return facts if facts.pop("checksum", None) == fingerprint(facts) else {}
 
 
 def checksums_of(own: Path, names: Iterable[str]) -> dict[str, str]:
@@ -155,10 +160,8 @@ def checksums_of(own: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def _whole(own: Path, facts: dict[str, Any]) -> bool:
-    """Whether the files that facts name are there, with their content; earlier facts have sizes only."""
-    marks, sizes = facts.get("sha256", {}), facts.get("sizes", {})
-    return (all((own / name).is_file() and (own / name).stat().st_size == size for name, size in sizes.items())
-            and checksums_of(own, marks) == marks)
+    """Whether the files that facts name are there, with their content."""
+    return checksums_of(own, facts["sha256"]) == facts["sha256"]
 
 
 def is_trained(folder: Path, cell: Cell) -> bool:

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.dataset as arrow
 import pyarrow.parquet as parquet
 
-from carma_lib.files import RunError, read_json, reading, whole_file
-from carma_lib.lab.cell import FACTS, RULES, Cell, cell_folder, is_tested, testing_mark
+from carma_lib.files import RunError, reading, whole_file
+from carma_lib.lab.cell import FACTS, RULES, Cell, cell_folder, finished_facts, is_tested, testing_mark
 from carma_lib.lab.start import model_name
 from carma_lib.stats.table import RESULT_COLUMNS, ResultsError
 
@@ -27,8 +27,8 @@ def pack(folder: Path, cells: Iterable[Cell], archive: Path) -> pd.DataFrame:
     ready = [cell for cell in dict.fromkeys(cells) if is_tested(folder, cell)]
     if not ready:
         return read_facts(archive)
-    facts = pd.DataFrame([{**cell.facts(), **read_json(cell_folder(folder, cell) / "tested.json")} for cell in ready])
-    facts = facts.drop(columns=["sizes", "sha256"], errors="ignore").astype({"strength": float, "change": str, "value": str, "trial": bool})
+    facts = pd.DataFrame([{**cell.facts(), **finished_facts(cell_folder(folder, cell) / "tested.json")} for cell in ready])
+    facts = facts.drop(columns="sha256", errors="ignore").astype({"strength": float, "change": str, "value": str, "trial": bool})
     try:
         known = read_facts(archive)
     except RunError:

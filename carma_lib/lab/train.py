@@ -18,7 +18,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from carma_lib.collate import Collator, encode
 from carma_lib.files import RunError, check_folder, read_json, sha256_of, whole_file, whole_folder, write_json, write_checksums
-from carma_lib.lab.cell import TRAINING_RULES, Cell, cell_folder, checksums_of, is_trained, training_mark
+from carma_lib.lab.cell import TRAINING_RULES, Cell, cell_folder, checksums_of, finished_facts, is_trained, training_mark, write_facts
 from carma_lib.lab.evaluate import asked_rows, clean_answers, test_splits
 from carma_lib.lab.start import answer_column, one_gpu, prompt_of, start_model, steps_of, tokenizer_of, training_rows
 from carma_lib.models import add_adapter, load_model, save_adapter
@@ -50,8 +50,8 @@ def trained(folder: Path, cell: Cell) -> Trained:
     if is_trained(folder, cell):
         model = load_model(str(own / "model"), dtype=torch.float32)[0]
         on_the_way = [pd.read_parquet(own / "on_the_way.parquet")] if (own / "on_the_way.parquet").is_file() else []
-        return Trained(_on_device(model.eval()), on_the_way, read_json(own / "trained.json")["measures"],
-                       read_json(own / "trained.json"))
+        facts = finished_facts(own / "trained.json")
+        return Trained(_on_device(model.eval()), on_the_way, facts["measures"], facts)
     if cell.recipe.processes > 1 and not torch.distributed.is_initialized() and "LOCAL_RANK" not in os.environ:
         _in_processes(folder, cell)
         return trained(folder, cell)
@@ -99,8 +99,8 @@ def _train(folder: Path, cell: Cell, own: Path, steps: int) -> Trained:
                     inner.save_pretrained(temporary, state_dict=weights)
                 tokenizer.save_pretrained(temporary)
                 write_checksums(temporary)
-            write_json(own / "trained.json", {**cell.facts(), **facts, "recipe": dict(recipe),
-                                               "sha256": checksums_of(own, ("history.csv", "on_the_way.parquet"))})
+            write_facts(own / "trained.json", {**cell.facts(), **facts, "recipe": dict(recipe), "sha256": checksums_of(
+                own, ("history.csv", "on_the_way.parquet", "model/checksums.json"))})
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         shutil.rmtree(work, ignore_errors=True)
@@ -140,7 +140,7 @@ class _Tests(TrainerCallback):
             if cell.recipe.keep == "best" and state.is_world_process_zero:  # which goes on from a checkpoint
                 with whole_file(self._work / f"tested-{step}.parquet") as temporary:
                     pd.concat(tables).to_parquet(temporary, index=False)
-                write_json(self._work / f"tested-{step}.json", {"measures": measures, "sha256": sha256_of(
+                write_facts(self._work / f"tested-{step}.json", {"measures": measures, "sha256": sha256_of(
                     self._work / f"tested-{step}.parquet")})
 
     def restored(self) -> bool:
@@ -149,9 +149,9 @@ class _Tests(TrainerCallback):
         for step in sorted(self._tested if not self._of[1].trial else ()):
             if step <= last:
                 try:
-                    facts = read_json(self._work / f"tested-{step}.json", keys=("measures", "sha256"))
+                    facts = finished_facts(self._work / f"tested-{step}.json")
                     file = self._work / f"tested-{step}.parquet"
-                    if facts is None or sha256_of(file) != facts["sha256"]:
+                    if not facts or sha256_of(file) != facts["sha256"]:
                         return False
                     self.tables.append(pd.read_parquet(file))
                 except (OSError, RunError):

@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 import transformers
 
-from carma_lib.files import locked, whole_file, write_json
-from carma_lib.lab.cell import RULES, Cell, cell_folder, checksums_of, is_tested, is_trained, testing_mark
+from carma_lib.files import locked, whole_file
+from carma_lib.lab.cell import RULES, Cell, cell_folder, checksums_of, is_tested, is_trained, testing_mark, write_facts
 from carma_lib.lab.evaluate import changed_answers, finish, replacements, test_splits
 from carma_lib.lab.measure import measured
 from carma_lib.lab.memory import check_loading, check_memory
@@ -103,15 +103,15 @@ def _test(folder: Path, cell: Cell, model: Trained, started: float) -> None:
             for split in recipe.changed_splits or test_splits(folder, cell):
                 tables.append(changed_answers(folder, cell, model.model, split).assign(split=split, budget=budget))
             measures += measured(folder, cell, model.model)
-    sizes = {}
+    files = []
     for name, table in (("answers", finish(folder, cell, tables) if tables else None), ("measures", pd.DataFrame(measures))):
         if table is not None and len(table):
             with whole_file(own / f"{name}.parquet") as temporary:
                 table.to_parquet(temporary, index=False, compression="zstd")
-            sizes[f"{name}.parquet"] = (own / f"{name}.parquet").stat().st_size
+            files.append(f"{name}.parquet")
     facts = {name: value for name, value in model.facts.items() if name in ("training_seconds", "bf16", "best_accuracy")}
-    write_json(own / "tested.json", {**cell.facts(), "mark": testing_mark(folder, cell), "rules": RULES, "budget": budget, **facts,
-                                     "seconds": round(time.monotonic() - started, 1), "sizes": sizes, "sha256": checksums_of(own, sizes)})
+    write_facts(own / "tested.json", {**cell.facts(), "mark": testing_mark(folder, cell), "rules": RULES, "budget": budget, **facts,
+                                      "seconds": round(time.monotonic() - started, 1), "sha256": checksums_of(own, files)})
 
 
 def _note(own: Path, **facts: Any) -> None:

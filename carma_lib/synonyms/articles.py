@@ -12,11 +12,11 @@ OPENING = frozenset("\"'`*_~")  # with opening and closing marks of every script
 LETTER_A = frozenset("vitamin hepatitis influenza appendix".split())  # "vitamin a" holds a letter, no article
 # A written vowel or a silent h, unless the word begins with the sound of "you" or "w" (unique, European, one)
 VOWEL_SOUND = re.compile(
-    r"(?!uni(?:[acfgopqtvx]|d(?:im|ir)|l(?!l)|mod|no|nuc|s(?!s)|$)|unanim|unesco|u[bstv][aeiou]|ur[aeiou]|u[gk]a|uk|ufos?(?![^\W_])|eu"
+    r"(?!una(?:r[yi]|$)|u[iy]gh?ur|uni(?:[acfgopqtvx]|d(?:im|ir)|l(?!l)|mod|no|nuc|s(?!s)|$)|unanim|unesco|u[bstv][aeiou]|ur[aeiou]|u[gk]a|uk|ufos?(?![^\W_])|eu"
     r"|ewe|one(?![ri])|once|oui)[aeiou]|hon(?:est|or|our)|hour(?!i)|heir|y[^\W\daeiouy]", re.IGNORECASE)
 # Read letter by letter: one letter (x-ray), capitals of two or three or that make no syllable (MRI, HTML), no vowel
-SPELLED = re.compile(r"[A-Za-z](?![^\W\d_])|[A-Z]{2,3}s?(?![^\W_])"
-                     r"|(?:[B-DF-HJ-NP-TV-XZ]{2}|[A-Z]{0,2}\d)[A-Z\d]*s?(?![^\W_])|[b-df-hj-np-tv-xz\d]+(?![^\W_])")
+SPELLED = re.compile(r"(?!(?:ROM|RAM|LAN|SIM)s?(?![^\W_]))(?:[A-Za-z](?![^\W\d_])|[A-Z]{2,3}s?(?![^\W_])|[A-Z]{2}c(?![^\W_])"
+                     r"|[B-DF-HJ-NP-TV-Z]{4,}s?(?![^\W_])|(?:[B-DF-HJ-NP-TV-XZ]{2}|[A-Z]{0,2}\d)[A-Z\d]*s?(?![^\W_])|[b-df-hj-np-tv-xz\d]+(?![^\W_]))")
 NUMBER_AN = re.compile(r"8|1[18](?:\d\d|\d{3})?(?!\d)")  # eight, eleven, eighteen, and their hundreds and thousands
 
 

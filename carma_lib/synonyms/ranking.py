@@ -34,7 +34,7 @@ from carma_lib.synonyms.wordnet import (
     sense_shares, tagged_uses, usual_part_of_speech, wordnet)
 
 SCORER = "smollm2-135m"  # dequantised 4-bit weights, see `carma_lib.models.pretrained`
-RULES = 4  # part of every cache key: raise it with any change of candidates or scores
+RULES = 5  # part of every cache key: raise it with any change of candidates or scores
 TAIL = 5  # tokens after a candidate that are compared
 MOST = 5  # candidates of a word that are scored
 BLOCK = 100  # texts a cache file

@@ -11,10 +11,12 @@ from carma_lib.synonyms.wordnet import (
     FUNCTION_WORDS, lemmas_of, multiword_lemmas, one_thread_at_a_time, part_of_speech_of, tagged_uses, wordnet)
 
 # What is not language stays whole: addresses, names on the web, paths, commands of TeX, marks of HTML.
-MARKUP = regex.compile(r"</?[a-z][^<>]*>|<!--.*?-->|\\(?:begin|end|label|ref|cite\w*|input|include\w*)\{[^{}]*\}|\\[a-z]+", regex.IGNORECASE)
+MARKUP = regex.compile(r"</?[a-z][^<>]*>|<!--.*?-->|\\(?:begin|end|label|ref|cite\w*|input|include\w*)\{[^{}]*\}|\\[a-z]+"
+                       r"|`[^`'\s]+`|\$[^$\n]*[\\_^{}][^$\n]*\$|(?<=\])\([^()\s]+\)|(?<!\w):[a-z_]+:(?!\w)", regex.IGNORECASE)
 ADDRESS = regex.compile(
-    r"(?:https?|ftp)://\S*[^\s.,;:!?)\]}'\"’”]|www\.\S*[^\s.,;:!?)\]}'\"’”]|[\w.+-]+@[\w-]+(?:\.[\w-]+)+|(?<![\w@#])[@#]\w+"
-    r"|(?<!\S)(?:~|\.{1,2})?(?:/[\w.-]*\w){2,}/?|(?<!\w)[a-z]:\\\S+|(?<![\w.-])[\w-]+(?:\.[\w-]+)*\.(?:com|org|net|edu|gov|io)\b(?:/\S*\w)?",
+    r"[a-z][a-z\d+.-]*://\S*[^\s.,;:!?)\]}'\"’”]|www\.\S*[^\s.,;:!?)\]}'\"’”]|[\w.+-]+@[\w-]+(?:\.[\w-]+)+|(?<![\w@#])[@#]\w+"
+    r"|(?<!\S)(?:~|\.{1,2})?(?:/[\w.-]*\w){2,}/?|(?<!\S)(?:~|\.{1,2})/\S*\w|(?<!\w)[a-z]:[\\/]\S+"
+    r"|(?<![\w.-])[\w-]+(?:\.[\w-]+)*\.(?:com?|org|net|edu|gov|io|info|app|dev|ai|tv|eu|uk|de|fr|es|ch|nl|se|ru|cn|jp|ca|au|br)\b(?:/\S*\w)?",
     regex.IGNORECASE)
 # "n't" and "'s" are words of their own; hyphenated compounds, "'n'" and what it joins (rock'n'roll) are one word.
 # Combining marks, joiners and soft hyphens belong to the letter before them.
@@ -30,6 +32,13 @@ PARTICLES = frozenset("up out off down away apart along around back over".split(
 INTENSIFIERS = frozenset("super real awful dead mighty jolly dreadful precious bloody pretty plain way damn".split())
 CLAUSE_OPENERS = frozenset("after before as than if when until till since because though while enough".split())
 BARE_INFINITIVE = frozenset("help make see hear watch feel notice observe dare need".split())  # "saw him leave"
+# A finite verb cannot follow these, so what the tagger calls one is a noun or adjective ("the start", "by means of").
+DETERMINERS = frozenset("a an the every no another my your his her its our their whose".split())
+SUBORDINATORS = frozenset("that because if whether as than while whilst though although since unless until till before after so lest like".split())
+FINITE = ("VB", "VBP", "VBZ", "VBD")
+# Fixed expressions that WordNet does not list.
+EXPRESSIONS = frozenset("as_a_result rest_assured my_god oh_god i_mean you_mean big_screen small_screen silver_screen test_of_time "
+                        "old_wives'_tale as_a_matter_of_fact make_a_living of_all_time all_the_same".split())
 MASS = frozenset(f"noun.{kind}" for kind in "attribute feeling food phenomenon state substance".split())
 
 
@@ -118,7 +127,8 @@ def fixed_words(words: Sequence[Word]) -> frozenset[int]:
     They stand in an expression of several words that WordNet knows (hot dog, end up), in a name (Turing test), or are
     a verb before a particle (dream up), a noun before a noun (love story), or one of `_held`.
     """
-    known, places = multiword_lemmas(), set()
+    known, longest = _expressions()
+    places: set[int] = set()
     forms = [entry_of(word.form) for word in words]
     for place, word in enumerate(words):
         before, after = (words[i] if 0 <= i < len(words) else Word(0, 0, "", "") for i in (place - 1, place + 1))
@@ -128,18 +138,39 @@ def fixed_words(words: Sequence[Word]) -> frozenset[int]:
             places.add(place)
         if word.tag == "NN" and _bare(words, place) and not _mass(forms[place]):
             places.add(place)
-        for last in range(place + 1, min(place + 4, len(words))):
-            ways = ["_".join(forms[place:last + 1])]
-            ways += ["_".join([lemma, *forms[place + 1:last + 1]]) for lemma in _lemmas(word)]
-            ways += ["_".join([*forms[place:last], lemma]) for lemma in _lemmas(words[last])]
-            if any(way in known for way in ways):
+        reach = max(longest.get(form, 1) for form in (forms[place], *_lemmas(word)))
+        for last in range(place + 1, min(place + reach, len(words))):
+            ways = [forms[place:last + 1]]
+            ways += [[lemma, *forms[place + 1:last + 1]] for lemma in _lemmas(word)]
+            ways += [[*forms[place:last], lemma] for lemma in _lemmas(words[last])]
+            if any("_".join(way).replace("_'", "'") in known for way in ways):
                 places.update(range(place, last + 1))
     return frozenset(places)
 
 
+@lru_cache(maxsize=1)
+def _expressions() -> tuple[frozenset[str], dict[str, int]]:
+    """Expressions of several words, WordNet's and ours, and for each first word the most tokens of one."""
+    known, longest = multiword_lemmas() | EXPRESSIONS, {}
+    for name in known:
+        first = name.split("_")[0].split("'")[0].lower()
+        longest[first] = max(longest.get(first, 1), 1 + name.count("_") + name.count("'"))
+    return known, longest
+
+
 def _held(before: Word, word: Word, after: Word) -> bool:
-    """Whether grammar holds a word: "super long", "every single one", "soon after", "a twist ending", "saw him go"."""
+    """Whether grammar holds a word: "super long", "every single one", "soon after", "a twist ending", "saw him go", "a start"."""
     form, next_form, kind = word.form.lower(), after.form.lower(), part_of_speech_of(word.tag)
+    before_form = before.form.lower()
+    if word.tag in FINITE and (before_form in DETERMINERS or before.tag[:2] == "JJ" or "be" in _lemmas(before)
+                               or (before.tag == "IN" and before_form not in SUBORDINATORS)):
+        return True
+    if kind == "n" and before_form in ("to", "which", "who") and any(tagged_uses(lemma, "v") for lemma in _lemmas(word)):
+        return True
+    if kind == "a" and next_form == "of" or form == "provided" and (next_form == "that" or not before_form[:1].isalnum()):
+        return True
+    if next_form in ("in", "from") and form in ("result", "results", "resulted", "resulting"):
+        return True
     if kind in ("a", "r") and form in INTENSIFIERS and part_of_speech_of(after.tag) in ("a", "r"):
         return True
     if kind == "a" and next_form in ("one", "ones"):

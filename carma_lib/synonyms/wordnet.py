@@ -33,7 +33,7 @@ FUNCTION_WORDS = frozenset(
     "rather quite about enough plenty several various certain one ones none other others "
     "thing things something nothing anything everything someone anyone everyone somebody anybody everybody nobody "
     "somewhere anywhere everywhere nowhere somehow anyhow anyway lot lots bit kind sort rest little alone "
-    "getting gotten letting ain ca wo sha".split())
+    "getting gotten letting ain ca wo sha concerning regarding".split())
 # Usage domains of WordNet whose words are never introduced, in whichever of their senses they carry it; the same said
 # in a gloss; and words that WordNet does not mark.
 COARSE_DOMAINS = frozenset("disparagement ethnic_slur obscenity vulgarism slang street_name".split())
@@ -51,7 +51,8 @@ COARSE_WORDS = frozenset(
     "schmuck screw screwed screwing shag shaft shit shite shitty shtup sissy slag slit slut snatch sod spastic spaz "
     "spic spick spik squaw streetwalker strumpet tart tit tits titty tosser tramp tranny trollop turd tush twat wank "
     "wanker wee wee-wee welch welsh whore wimp wog wop wuss yid bosom "
-    "bust dame dumb gay gayly hick idiotic queerly".split())
+    "bust dame dumb gay gayly hick idiotic queerly "
+    "crippled darn darned doggone doggoned goddamned handicapped neanderthal prostitute spinster".split())
 DATED_DOMAINS = frozenset("archaism dialect regionalism combining_form trade_name trademark".split())
 BASE_TAGS = ("NN", "VB", "VBP", "JJ", "RB")
 TAGS = {"n": ("NN", "NNS"), "v": ("VB", "VBP", "VBZ", "VBD", "VBN", "VBG"), "a": ("JJ", "JJR", "JJS"),
@@ -195,13 +196,13 @@ def synonyms(word: str, part_of_speech: str, agreement: float = AGREEMENT) -> tu
 
 @remembered
 def objectless(verb: str) -> float:
-    """Share of a verb's uses (`sense_shares`) in senses that WordNet gives a sentence frame without an object.
+    """Share of a verb's uses (`sense_shares`) in senses that WordNet gives a sentence frame without an object; 1 if it lacks the verb.
 
     "enroll" has 1, "recruit" 0.53: one enrolls in a plan, but recruits somebody. The frames of the one sense that both
     share do not tell, since WordNet gives all words of a synset the same.
     """
     lemmas, shares = wordnet().lemmas(verb, "v"), sense_shares(verb, "v")
-    return sum(shares[each.synset().name()] for each in lemmas if WITHOUT_OBJECT & set(each.frame_ids()))
+    return sum(shares.get(each.synset().name(), 0.0) for each in lemmas if WITHOUT_OBJECT & set(each.frame_ids())) if shares else 1.0
 
 
 def _is_other_word(candidate: str, word: str) -> bool:
