@@ -81,7 +81,7 @@ def command_line(work: Path) -> Iterator[Case]:
         '06_what_the_interventions_do.method="carmen"', '06_what_the_interventions_do.seed=-3', '05_how_carma_works.layers=0',
         "05_how_carma_works.batches=[0]", '01_data_construction.start="/no/such"', "fail=1", "steps", "run_dir=x", "=", "run=", "02_finetune.=3",
         "rates=[]", "baseline=carma", "04_statistics.methods=['fine_tuning']", "02_finetune.methods=['untuned','fine_tuning','carma']",
-        "levels=['phrase']", "rates=[0.25,0.250001]", "12_pretrained_answers.changes={'claims': []}",
+        "levels=['phrase']", "batch_size=0", "layers=10000000", "rates=[0.25,0.250001]", "12_pretrained_answers.changes={'claims': []}",
         "08_study_results.changes={'claims': [{'name': 'x'}]}", "width=12",
     ]
     for setting in settings:
@@ -97,7 +97,7 @@ def command_line(work: Path) -> Iterator[Case]:
     for words in (["run", "--profile", "nowhere"], ["run", "--resume", "--fresh"], ["walk"], [], ["sweep"], ["sweep", str(work / "gone.yml")],
                   ["sweep", str(work)], ["sweep", "sweeps/example.yml", "--dry-run", "--workers", "0"],
                   ["sweep", "sweeps/example.yml", "--dry-run", "--workers", "two"], ["sweep", "sweeps/example.yml", "--dry-run", "--scheduler", ""],
-                  ["sweep", "sweeps/example.yml", "--retries", "-1"],
+                  ["sweep", "sweeps/example.yml", "--retries", "-1"], ["sweep", "sweeps/example.yml", "--dry-run", "--retries", "-1"],
                   ["sweep", "sweeps/example.yml", "--dry-run", "--slurm", str(work / "gone.yml")], ["publish", "now"]):
         yield " ".join(words) or "no command", partial(main, words)
 
@@ -147,7 +147,8 @@ def sweep_file(work: Path) -> Iterator[Case]:
             "wordnet_inverse_dictionary": {"split_by": "column"}}}, "steps in words": {"settings": {"steps": "many"}},
         "test_at after the end": {"settings": {"steps": 10, "warmup_steps": 0, "test_at": [20]}}, "settings is a list": {"settings": [1]},
         "settings is an empty list": {"settings": []}, "conditions are false": {"conditions": False}, "data is 0": {"data": 0},
-        "a zero byte in run_dir": {"run_dir": "run\0s"},
+        "a zero byte in run_dir": {"run_dir": "run\0s"}, "tokenizer of a file": {"settings": {"steps": 10, "warmup_steps": 0, "tokenizer_tasks": ["my.csv"]}},
+        "plain texts of a file": {"conditions": {"plain_texts": ["nofile.csv"]}},
         "layers of no block": {"settings": {"steps": 10, "warmup_steps": 0, "mi_layers": [0, 9]}}, "steps and epochs": {"settings": {"steps": 1, "epochs": 1}},
     }
     texts = {name: yaml.safe_dump({**right, **change}) for name, change in changes.items()} | {

@@ -157,8 +157,9 @@ def _command(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     from carma_lib.lab.plan import read_sweep
     from carma_lib.lab.run import names_of
-    from carma_lib.lab.sweep import Where, plan_text, run_sweep
+    from carma_lib.lab.sweep import Where, check_retries, plan_text, run_sweep
 
+    check_retries(options.retries)
     sweep, where = read_sweep(options.file), Where(options.workers, options.scheduler, options.slurm)
     print(plan_text(sweep, where), flush=True)
     if options.dry_run:

@@ -228,3 +228,11 @@ def _is_encoder(model: nn.Module) -> bool:
     family = model.config.model_type
     decodes = getattr(model.config, "is_decoder", False) or family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return not (decodes and model.can_generate())
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model has embeddings for; None if its positions are computed."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding)
+              and module is not language_model(model).get_input_embeddings())
+    return most if most and any(table.num_embeddings - most in (0, 2) for table in tables) else None  # 2: OPT's offset

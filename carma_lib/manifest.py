@@ -30,7 +30,8 @@ from carma_lib.tasks.wordnet import SPLIT_KEYS
 MANIFEST = "nbs_ci.yml"
 #: What a parameter of any notebook must be, or each entry of a list, beside its type.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("workers", "layers", "width", "rounds", "threads", "batches", "num_negatives", "quick_steps", "quality_items"),
+    "layers": (lambda value: 1 <= value <= 1000, "from 1 to 1000"),
+    **dict.fromkeys(("workers", "batch_size", "width", "rounds", "threads", "batches", "num_negatives", "quick_steps", "quality_items"),
                     (lambda value: value >= 1, "at least 1")),
     **dict.fromkeys(("test_items", "pooled_items", "shown_items", "item", "repeated_cells"), (lambda value: value >= 0, "at least 0")),
     **dict.fromkeys(("seed", "seeds"), (lambda value: type(value) is int and 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")),
@@ -181,18 +182,17 @@ def _apply_settings(settings: dict[str, str], chosen: dict[str, dict[str, Any]],
         notebook, _, name = key.rpartition(".")
         if name == "run_dir":
             raise RunError("run_dir is one for all notebooks: use --run-dir")
-        targets = [notebook] if notebook else [target for target in known if name in known[target]]
-        if not targets or any(name not in known.get(target, {}) for target in targets):
-            kind = Training if name in Training.model_fields else Testing if name in Testing.model_fields else None
-            home = {Training: "02_finetune", Testing: "03_evaluate"}.get(kind)
-            if home not in known or notebook not in ("", home):
-                available = sorted({name for parameters in known.values() for name in parameters} | (
-                    {*Recipe.model_fields} if "02_finetune" in known else set()))
-                near = difflib.get_close_matches(name, available, 5) if len(available) > 20 else []
-                raise RunError(f"no notebook has the parameter '{key}'; there are {', '.join(near or available)}"
-                               f"{' and others' if near else ''}")
+        targets = [target for target in known if name in known[target] and notebook in ("", target)]
+        kind = Training if name in Training.model_fields else Testing if name in Testing.model_fields else None
+        home = {Training: "02_finetune", Testing: "03_evaluate"}.get(kind)
+        if home in known and home not in targets and notebook in ("", home):
             chosen[home].setdefault("recipe", {})[name] = _literal(literal)
-            continue
+        elif not targets:
+            available = sorted({name for parameters in known.values() for name in parameters} | (
+                {*Recipe.model_fields} if "02_finetune" in known else set()))
+            near = difflib.get_close_matches(name, available, 5) if len(available) > 20 else []
+            raise RunError(f"no notebook has the parameter '{key}'; there are {', '.join(near or available)}"
+                           f"{' and others' if near else ''}")
         for target in targets:
             chosen[target][name] = _literal(literal)
 

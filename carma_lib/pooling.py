@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,8 +28,8 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from carma_lib.blocks import decoder_blocks, evaluation_mode, language_model
+from carma_lib.pooling_inputs import PROTOCOLS, check_inputs, check_reach, checked_grid
 
-PROTOCOLS = ("sum", "mean", "max")
 DEPTH_SHARES = (0.01, 0.25, 0.5, 0.75, 1.0)
 
 # What the check found out about a model: the start layers that passed, and whether padding leaves its answer alone.
@@ -78,9 +77,10 @@ def pooling_grid(
     row without a real token or padded on both sides, a constituent whose tokens are not next to each other.
     """
     model, blocks = _model_and_blocks(model)
-    _check_inputs(input_ids, attention_mask, constituent_ids)
-    start_layers, protocols = _checked_grid(start_layers, protocols, len(blocks))
-    inputs = input_ids, attention_mask.long(), constituent_ids
+    check_inputs(input_ids, attention_mask, constituent_ids)
+    check_reach(model, input_ids, attention_mask)
+    start_layers, protocols = checked_grid(start_layers, protocols, len(blocks))
+    inputs = input_ids.long(), attention_mask.long(), constituent_ids.long()
     pooled_positions(*inputs[1:])  # refuses before anything runs
     with evaluation_mode(model):
         together = _check_model(model, blocks, start_layers, input_ids.device)
@@ -107,9 +107,9 @@ def pooled_positions(attention_mask: Tensor, constituent_ids: Tensor) -> Tensor:
 
     Tokens of one constituent have one position. Shapes, rules and errors as in `pooling_grid`.
     """
-    _check_inputs(attention_mask, attention_mask, constituent_ids)
+    check_inputs(attention_mask, attention_mask, constituent_ids)
     real = attention_mask.bool()
-    ids = constituent_ids.masked_fill(~real, -1)
+    ids = constituent_ids.long().masked_fill(~real, -1)
     heads = ids.masked_fill(F.pad(ids[:, 1:] == ids[:, :-1], (1, 0)), -1).sort(dim=1).values  # one a run of tokens
     if (split := (heads[:, 1:] == heads[:, :-1]) & (heads[:, 1:] >= 0)).any():
         row, column = split.nonzero()[0].tolist()
@@ -146,7 +146,10 @@ def _pool(stream: Tensor, positions: Tensor, protocol: str) -> Tensor:
     pooled = values.new_zeros(len(stream), longest + 1, stream.shape[-1]).scatter_reduce(
         1, slots.to(stream.device).unsqueeze(-1).expand_as(stream), values,
         reduce="amax" if protocol == "max" else protocol, include_self=False)
-    return pooled[:, 1:].to(stream.dtype).contiguous()
+    found = pooled[:, 1:].to(stream.dtype).contiguous()
+    if stream.dtype == torch.float16 and not torch.isfinite(found).all() and torch.isfinite(values).all():
+        raise ValueError(f"the {protocol} of a constituent overflows float16: load the model in bfloat16 or float32")
+    return found
 
 
 @dataclass
@@ -306,6 +309,8 @@ def _equal(logits: Tensor, expected: Tensor, record: _Record) -> bool:
 
 def _model_and_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The causal language model within its wrappers, and its blocks."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"pooling needs a model, not {model!r}")
     outer, inner = extract_model_from_parallel(model, keep_torch_compile=False), language_model(model)
     if outer is not inner and outer.active_peft_config.is_prompt_learning:
         raise _refusal(inner, "prompt-learning adapters put virtual tokens before the text; use LoRA")
@@ -318,32 +323,3 @@ def _model_and_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 def _refusal(model: nn.Module, reason: str) -> ValueError:
     family = getattr(getattr(model, "config", None), "model_type", "no language model")
     return ValueError(f"pooling does not support {type(model).__name__} ({family}): {reason}")
-
-
-def _check_inputs(input_ids: Tensor, attention_mask: Tensor, constituent_ids: Tensor) -> None:
-    named = {"input_ids": input_ids, "attention_mask": attention_mask, "constituent_ids": constituent_ids}
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_complex():
-            raise ValueError(f"{name} must be a tensor of integers, not {getattr(tensor, 'dtype', type(tensor).__name__)}")
-        if tensor.dim() != 2 or tensor.shape != input_ids.shape or not tensor.numel():
-            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items())
-            raise ValueError(f"inputs must share one shape (batch, tokens) and hold a token, not {shapes}")
-    if ((attention_mask != 0) & (attention_mask != 1)).any():
-        raise ValueError("attention_mask must hold only 0 (padding) and 1 (real token)")
-    if empty := (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist():
-        raise ValueError(f"rows {empty} have no real token; leave them out of the batch")
-    if (attention_mask.long().diff(dim=1) != 0).sum(dim=1).max() > 1:
-        raise ValueError("attention_mask has a row with padding on both sides or within; pad one side only")
-
-
-def _checked_grid(start_layers: Sequence[int], protocols: Sequence[str], depth: int) -> tuple[list[int], list[str]]:
-    """Both axes of the grid, each value once."""
-    layers, protocols = list(dict.fromkeys(start_layers)), list(dict.fromkeys(protocols))
-    for layer in layers:
-        if not hasattr(layer, "__index__"):
-            raise ValueError(f"start layer must be an integer, not {layer!r}")
-        if not 0 <= layer < depth:
-            raise ValueError(f"start layer {layer} lies outside the model's blocks 0 to {depth - 1}")
-    if unknown := [protocol for protocol in protocols if protocol not in PROTOCOLS]:
-        raise ValueError(f"unknown protocol {unknown[0]!r}; use one of {', '.join(PROTOCOLS)}")
-    return [operator.index(layer) for layer in layers], protocols

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 import weakref
 from functools import partial
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from transformers import (DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments,
                           default_data_collator)
 
-from carma_lib.blocks import KeptStates, checked_blocks, decoder_blocks, language_model, takes
+from carma_lib.blocks import KeptStates, checked_blocks, decoder_blocks, learned_positions, takes
 from carma_lib.collate import IGNORED, Collator
-from carma_lib.losses import CarmaConfig, CarmaLoss
+from carma_lib.losses import CarmaConfig, CarmaLoss, checked_config
 from carma_lib.words import WordTable, document_ids
 
 OWN_COLUMNS = ("constituent_ids", "target_id", "target_ids")
@@ -52,11 +53,13 @@ class CarmaMixin:
 
     def __init__(self, *args, carma: CarmaConfig | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.carma = CarmaConfig() if carma is None else carma
+        self.carma = checked_config(CarmaConfig() if carma is None else carma)
         self._carma_kept = self._carma_attached = self._carma_terms = None
         self._carma_word_table = self._carma_unchecked = None
-        self._carma_tally, self._carma_misplaced, self._carma_micro_step = {}, [], (-1, 0)
-        self._carma_positions = _learned_positions(self.model)
+        self._carma_tally, self._carma_misplaced, self._carma_answers, self._carma_micro_step = {}, [], [], (-1, 0)
+        virtual = getattr(getattr(self.model, "active_peft_config", None), "num_virtual_tokens", None) or 0  # of prompt tuning
+        most = learned_positions(self.model)
+        self._carma_positions = most and most - virtual
         _warn_of_half_precision(self.model)
         if self._carma_weighted():
             if self.args.n_gpu > 1:
@@ -65,6 +68,7 @@ class CarmaMixin:
 
     def train(self, *args, **kwargs):
         """As in the base trainer; afterwards no hook of CARMA is on the model."""
+        self._carma_tally = {}  # steps of an earlier training that were not logged
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -79,8 +83,10 @@ class CarmaMixin:
         base = partial(self._carma_base_loss, model, inputs, return_outputs, num_items_in_batch)
         if not (model.training and self._carma_weighted()):
             return base()
-        if self._carma_attached is not self.model:  # the first step, or another model since
-            self._carma_attach()
+        if self._carma_attached is None or any(map(operator.is_not, self._carma_attached, (self.model, self.carma))):
+            self._carma_attach()  # the first step, or another model or config since
+        if not isinstance(inputs.get("input_ids", words), Tensor):
+            raise ValueError("the batch has no input_ids to read words from: give constituent_ids (batch, tokens) with it")
         ids, mask = inputs.get("input_ids", words), inputs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         packed = inputs.get("position_ids") is None and getattr(self.args, "packing", False)  # and cut without a mark
@@ -94,7 +100,8 @@ class CarmaMixin:
             found = base()
         task_loss = found[0] if return_outputs else found
         if isinstance(labels, Tensor) and labels.dim() == 2:  # rows of which nothing is learned have no mean: they count 0
-            task_loss = torch.where((labels[:, 1:] != IGNORED).any(), task_loss, torch.zeros_like(task_loss))
+            learned = (labels[:, 1:] != IGNORED).any() | task_loss.detach().isfinite()
+            task_loss = torch.where(learned, task_loss, torch.zeros_like(task_loss))
         states = self._carma_kept.take(*ids.shape, task_loss)
         terms = self._carma_terms(states, words, mask.bool(), document_ids=documents,
                                   generator=self._carma_seeded_generator(ids.device),
@@ -102,8 +109,10 @@ class CarmaMixin:
         self._carma_check(*terms.read)
         weight, share = self.carma.carma_weight, self.share_of_step(num_items_in_batch)
         loss = (1 - weight) * task_loss + weight * share * terms.total
-        self.record(task_loss=task_loss / share, mutual_information=terms.mutual_information,
-                    stability=terms.stability)
+        values = {"task_loss": task_loss / share, "mutual_information": terms.mutual_information, "stability": terms.stability}
+        shares = {name: value for name, value in self._carma_shares().items() if value or name == "task_loss"}
+        self.record(**{name: values[name] for name in shares})
+        self.record(**{f"weighted_{name}": value * values[name] for name, value in shares.items()})
         return (loss, found[1]) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool,
@@ -154,11 +163,11 @@ class CarmaMixin:
         if unchecked is not None:
             self._carma_check(*unchecked.tolist())
         if "loss" in logs and self._carma_tally:
-            means = torch.stack([total / steps for total, steps in self._carma_tally.values()])
-            means = dict(zip(self._carma_tally, self.accelerator.reduce(means, reduction="mean").tolist()))
-            shares, self._carma_tally = self._carma_shares(), {}
-            shown = {name: value for name, value in means.items() if name == "task_loss" or shares.get(name, 1)}
-            logs |= shown | {f"weighted_{name}": shares[name] * shown[name] for name in shares if name in shown}
+            weighted = self._carma_tally.get("weighted_task_loss", (0, 0))[1]  # steps; one without a term has 0 of it
+            means = torch.stack([total / (weighted if name.startswith("weighted_") else steps)
+                                 for name, (total, steps) in self._carma_tally.items()])
+            logs |= dict(zip(self._carma_tally, self.accelerator.reduce(means, reduction="mean").tolist()))
+            self._carma_tally = {}
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -204,18 +213,18 @@ class CarmaMixin:
     def _carma_shares(self) -> dict[str, float]:
         carma = self.carma
         return {"task_loss": 1 - carma.carma_weight, "mutual_information": carma.carma_weight * carma.mi_weight,
-                "stability": carma.carma_weight * carma.stability_weight} if self._carma_weighted() else {}
+                "stability": carma.carma_weight * carma.stability_weight}
 
     @property
     def _carma_micro_batches(self) -> int:
         return getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _carma_attach(self) -> None:
-        """Find the blocks of the model that is trained now, and put hooks on those that the terms read."""
+        """Find the blocks of the model that is trained now, and put hooks on those that the terms of this config read."""
         self._carma_detach()
         blocks = decoder_blocks(self.model)
-        config = self.carma.for_depth(len(blocks))
-        self._carma_terms, self._carma_attached = CarmaLoss(config), self.model
+        config = checked_config(self.carma).for_depth(len(blocks))
+        self._carma_terms, self._carma_attached = CarmaLoss(config), (self.model, self.carma)
         self._carma_kept = KeptStates(blocks, config.layers)
         weakref.finalize(self, self._carma_kept.remove)
 
@@ -280,14 +289,6 @@ def __getattr__(name: str):
 def _collate(base, tokenizer: PreTrainedTokenizerBase, rows: list) -> dict[str, Tensor]:
     ours = isinstance(rows[0], dict) and ("constituent_ids" in rows[0] or "target_id" in rows[0])
     return (Collator(tokenizer) if ours else base)(rows)
-
-
-def _learned_positions(model: nn.Module) -> int | None:
-    """How many positions a model has embeddings for; None if its positions are computed."""
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    tables = (module for module in model.modules() if isinstance(module, nn.Embedding)
-              and module is not language_model(model).get_input_embeddings())
-    return most if most and any(table.num_embeddings - most in (0, 2) for table in tables) else None  # 2: OPT's offset
 
 
 def _warn_of_half_precision(model: nn.Module) -> None:

@@ -314,7 +314,13 @@ TINY_BERT = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention
         ({"start_layer": 3}, "blocks 0 to 2"),
         ({"start_layer": -1}, "blocks 0 to 2"),
         ({"start_layer": 0.5}, "must be an integer"),
+        ({"start_layer": [1]}, "must be an integer"),
+        ({"start_layer": None}, "must be an integer"),
         ({"protocol": "median"}, "sum, mean, max"),
+        ({"protocol": None}, "sum, mean, max"),
+        ({"input_ids": ROW * 300}, "input_ids must lie from 0 to 299, the model's vocabulary"),
+        ({"input_ids": -ROW}, "input_ids must lie from 0 to 299, the model's vocabulary"),
+        ({name: ROW.repeat(1, 200) for name in ("input_ids", "attention_mask", "constituent_ids")}, "the model knows [0-9]+ positions"),
         ({"input_ids": ROW[0]}, "one shape"),
         ({"constituent_ids": ROW[:, :3]}, "one shape"),
         ({"attention_mask": ROW.repeat(2, 1)}, "one shape"),
@@ -349,3 +355,31 @@ def test_what_is_no_causal_language_model_is_refused_in_one_line(model, reason):
     with pytest.raises(ValueError, match=f"pooling does not support .*{reason}") as error:
         constituent_aware_pooling(model, ROW, ROW, ROW, start_layer=0, protocol="sum")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model", [None, "gpt2"])
+def test_what_is_no_model_is_told(model):
+    with pytest.raises(ValueError, match="pooling needs a model"):
+        pooling_grid(model, ROW, ROW, ROW, start_layers=[0])
+
+
+@pytest.mark.parametrize("wrong", [{"start_layers": 1}, {"start_layers": None}, {"protocols": "mean"}, {"protocols": None}])
+def test_axes_are_lists(wrong):
+    with pytest.raises(ValueError, match="must be a list, such as"):
+        pooling_grid(tiny_model("gpt2"), ROW, ROW, ROW, **{"start_layers": [1], **wrong})
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.bool, torch.int8, torch.int16, torch.int32])
+def test_every_type_of_whole_numbers_gives_the_same(kind):
+    model, ids = tiny_model("gpt2"), torch.tensor([[0, 0, 1, 1, 1]]) if kind == torch.bool else torch.tensor([[0, 0, 1, 2, 2]])
+    text, mask = torch.tensor([[5, 6, 7, 8, 9]]), torch.ones(1, 5, dtype=torch.long)
+    whole = pooling_grid(model, text, mask, ids, start_layers=[1], protocols=["sum"])
+    found = pooling_grid(model, text if kind == torch.bool else text.to(kind), mask.to(kind), ids.to(kind), start_layers=[1], protocols=["sum"])
+    assert torch.equal(whole.pooled[1, "sum"], found.pooled[1, "sum"]) and torch.equal(whole.changed, found.changed)
+
+
+def test_a_sum_that_overflows_half_precision_is_told():
+    stream, positions = torch.full((1, 9, 4), 3e4, dtype=torch.float16), torch.tensor([[0] * 8 + [1]])
+    with pytest.raises(ValueError, match="the sum of a constituent overflows float16"):
+        _pool(stream, positions, "sum")
+    assert torch.isfinite(_pool(stream, positions, "mean")).all() and torch.isfinite(_pool(stream.bfloat16(), positions, "sum")).all()

@@ -17,7 +17,8 @@ from carma_lib.synonyms.replacement import (
     Change, Replacement, replace_all, replace_synonyms, shift_spans, worst_replacements)
 from carma_lib.synonyms.quality import (
     first_lemma_of_any_sense, mark_changes, quality_table, replacement_quality)
-from carma_lib.synonyms.tagging import fixed_words, is_content, tagged_words
+from carma_lib.synonyms.grammar import fixed_words
+from carma_lib.synonyms.tagging import is_content, tagged_words
 from carma_lib.tasks.controlled.lexicon import controlled_synonyms
 
 SENTENCES = [

@@ -345,3 +345,11 @@ def test_other_damaged_files_are_named_and_older_tables_are_read(tmp_path):
         with pytest.raises(ValueError, match="01.ipynb is cut or no notebook") as error:
             write_report(tmp_path, notebooks=[tmp_path / "01.ipynb"], title="damaged")
         assert "\n" not in str(error.value)
+
+
+def test_latex_tables_escape_every_mark(tmp_path):
+    table = pd.DataFrame({"name & share": ["[a]", "*b", "c_d"], "50 %": [1.0, 2.0, float("nan")]})
+    tables.save_table(table, tmp_path, "odd", caption="A & B, #1_a, 50 % ~ x^2 \\ {}")
+    text = (tmp_path / "odd.tex").read_text(encoding="utf-8")
+    assert r"\caption{A \& B, \#1\_a, 50 \% \textasciitilde{} x\textasciicircum{}2 \textbackslash{} \{\}}" in text
+    assert not [line for line in text.splitlines() if line.startswith(("[", "*"))] and r"{}[a] &" in text and r"{}*b &" in text

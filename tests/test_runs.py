@@ -42,6 +42,15 @@ def test_a_refusal_names_one_notebook():
         manifest.make_plan("ci", root=ROOT, settings={"03_evaluate.rates": "[]"})
 
 
+@pytest.mark.parametrize(("key", "notebooks"), [("batch_size", {"02_finetune", "05_how_carma_works"}), ("layers", {"02_finetune", "05_how_carma_works"}),
+                                                ("02_finetune.batch_size", {"02_finetune"}), ("05_how_carma_works.batch_size", {"05_how_carma_works"}),
+                                                ("lora_rank", {"02_finetune"})])
+def test_a_setting_reaches_every_notebook_that_has_it(key, notebooks):
+    plan, name = manifest.make_plan("default", root=ROOT, settings={key: "4"}), key.rpartition(".")[2]
+    found = {notebook for notebook, values in plan.parameters.items() if 4 in (values.get(name), values.get("recipe", {}).get(name))}
+    assert found == notebooks
+
+
 def test_a_sweep_may_leave_its_parts_empty(tmp_path):
     text = "run_dir: r\ntasks: [controlled_sentiment]\nmodels: [random]\nmethods: [carma]\nseeds: [1]\n"
     sweeps = []

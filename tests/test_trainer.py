@@ -823,3 +823,72 @@ def test_rows_of_which_nothing_is_learned_count_nothing(tmp_path, accumulated, s
         assert all(weight.isfinite().all() for weight in model.parameters())
         assert carma is PLAIN or len(losses) == 4 and min(losses) >= 0 and max(losses) > 1
         assert accumulated == 2 or carma is PLAIN or 0 in losses
+
+
+# --- another loss, another config, another training -------------------------------------------------------------
+
+def test_a_loss_that_reads_its_labels_otherwise_counts(tmp_path):
+    rows = language_model_rows()
+
+    def collate(batch):
+        together = Collator(TOKENIZER)([{name: row[name] for name in ("input_ids", "constituent_ids")} for row in batch])
+        return {**together, "labels": torch.tensor([[row["input_ids"][-1]] for row in batch])}
+
+    def loss_of(outputs, labels, **unused):
+        return F.cross_entropy(outputs.logits[:, -1].float(), labels[:, 0])
+
+    logged = {}
+    for weight in (0, 1e-6):
+        trainer = CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path, max_steps=1), carma=replace(CARMA, carma_weight=weight), train_dataset=rows,
+                               data_collator=collate, compute_loss_func=loss_of, processing_class=TOKENIZER)
+        trainer.train()
+        logged[weight] = trainer.state.log_history[0]["loss"]
+    assert logged[0] > 1 and logged[1e-6] == pytest.approx(logged[0], rel=1e-4)
+
+
+def test_logs_of_a_second_training_are_its_own(tmp_path):
+    trainer = trained(tmp_path, language_model_rows(), max_steps=3, logging_steps=2)
+    trainer.args.max_steps = 2
+    trainer.train()
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert sum(value for name, value in last.items() if name.startswith("weighted_")) == pytest.approx(last["loss"], abs=2e-4)
+
+
+def test_a_config_replaced_in_training_counts_from_the_next_step(tmp_path):
+    class Without(TrainerCallback):
+        def on_step_end(self, args, state, control, **unused):
+            trainer.carma = replace(CARMA, mi_weight=0.0, carma_weight=0.2)
+
+    trainer = CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path, max_steps=4, logging_steps=2), carma=CARMA, train_dataset=language_model_rows(),
+                           processing_class=TOKENIZER, callbacks=[Without()])
+    trainer.train()
+    first, second = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert "mutual_information" in first and "mutual_information" not in second
+    for entry in (first, second):
+        assert sum(value for name, value in entry.items() if name.startswith("weighted_")) == pytest.approx(entry["loss"], abs=2e-4)
+
+
+def test_batches_without_tokens_and_other_configs_are_told_in_one_line(tmp_path):
+    trainer = CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=CARMA, processing_class=TOKENIZER)
+    embedded = {"inputs_embeds": torch.zeros(1, 4, 32), "labels": torch.zeros(1, 4, dtype=torch.long)}
+    with pytest.raises(ValueError, match="no input_ids to read words from: give constituent_ids"):
+        trainer.compute_loss(trainer.model.train(), embedded)
+    for wrong in ({"carma_weight": 0.2}, 0.2):
+        with pytest.raises(TypeError, match="carma must be a CarmaConfig"):
+            CarmaTrainer(tiny_model("gpt2"), arguments(tmp_path), carma=wrong)
+        with pytest.raises(TypeError, match="carma must be a CarmaConfig"):
+            CarmaLoss(wrong)
+    for depth in (0, 2.5, True):
+        with pytest.raises(ValueError, match="num_layers must be a whole number"):
+            CARMA.for_depth(depth)
+
+
+def test_virtual_tokens_take_positions(tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("gpt2"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    most = model.config.max_position_embeddings
+    trainer = CarmaTrainer(model, arguments(tmp_path), carma=CARMA, processing_class=TOKENIZER)
+    ids = torch.ones(1, most - 2, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"the model knows {most - 3} positions"):
+        trainer.compute_loss(model.train(), {"input_ids": ids, "labels": ids})

@@ -26,9 +26,9 @@ from typing import Any
 
 from carma_lib.files import RunError, parse_yaml, reading, user_path
 from carma_lib.lab.cell import Cell
-from carma_lib.lab.recipe import Testing, recipe_for
+from carma_lib.lab.recipe import EXAMPLES, Testing, recipe_for
 from carma_lib.methods import check_method
-from carma_lib.tasks import build_task, task_named, task_names
+from carma_lib.tasks import TASKS, build_task, task_named, task_names
 from carma_lib.tasks.wordnet import SPLIT_KEYS
 
 NEEDED = ("run_dir", "tasks", "models", "methods", "seeds")
@@ -101,6 +101,11 @@ def _checked(file: Path, text: Any) -> Sweep:
     models = [_model(entry, text, tasks) for entry in _listed(text, "models")]
     cells = tuple(Cell(task, method, seed, recipes[task])
                   for recipes, task, seed, method in itertools.product(models, tasks, seeds, methods))
+    for cell in cells:
+        if unknown := [name for name in cell.recipe.tokenizer_tasks if name not in TASKS]:
+            raise ValueError(f"tokenizer_tasks: unknown task '{unknown[0]}'; there are {', '.join(TASKS)}")
+        if unknown := [name for name in cell.recipe.plain_texts if name not in (*TASKS, *tasks, EXAMPLES)]:
+            raise ValueError(f"plain_texts names '{unknown[0]}', which is no task of the sweep; there are {', '.join((*tasks, *TASKS, EXAMPLES))}")
     if len({cell.key for cell in cells}) < len(cells):
         raise ValueError("two models of the file are trained alike, and a folder holds one training: give each its own settings of "
                          "training, and write what is tested once, under conditions")

@@ -84,6 +84,8 @@ class CarmaConfig:
 
         Raises `ValueError` if a layer that it reads does not exist there.
         """
+        if not _is_whole(num_layers) or num_layers < 1:
+            raise ValueError(f"num_layers must be a whole number of blocks, at least 1, not {num_layers!r}")
         if not self.carma_weight:
             return self
         open_range = (0, min(num_layers - 1, max(1, round(DEPTH_SHARE * num_layers))))
@@ -93,6 +95,13 @@ class CarmaConfig:
             raise ValueError(f"the config reads block {found.layers[-1]}, the model has blocks 0 to "
                              f"{num_layers - 1}: lower mi_layers and stability_layers")
         return found
+
+
+def checked_config(config: CarmaConfig) -> CarmaConfig:
+    """The config itself; `TypeError` for anything else, such as a dictionary."""
+    if not isinstance(config, CarmaConfig):
+        raise TypeError(f"carma must be a CarmaConfig, such as CarmaConfig(carma_weight=0.2), not {config!r}")
+    return config
 
 
 class CarmaTerms(NamedTuple):
@@ -117,7 +126,7 @@ class CarmaLoss:
     """
 
     def __init__(self, config: CarmaConfig) -> None:
-        self.config = config
+        self.config = checked_config(config)
 
     def __call__(self, hidden_states: Sequence[Tensor | None], constituent_ids: Tensor, attention_mask: Tensor, *,
                  document_ids: Tensor | None = None, generator: torch.Generator | None = None,
@@ -133,7 +142,7 @@ class CarmaLoss:
                              "all that the model returns, and None first where a family returns no embeddings")
         config = self.config.for_depth(len(hidden_states) - 1)
         if not config.layers:
-            zero = attention_mask.new_zeros((), dtype=torch.float32)
+            zero = next(state for state in reversed(hidden_states) if state is not None).new_zeros((), dtype=torch.float32)
             return CarmaTerms(zero, zero, zero, tuple(scalar.item() for scalar in read))
         kept = [hidden_states[layer + 1] for layer in config.layers]
         within = {"mi": config.mi_layers if config.mi_weight else None,
@@ -174,7 +183,7 @@ def mutual_information_loss(hidden_states: Tensor | Sequence[Tensor], constituen
     below −1, bad settings, NaN or infinity at a real token.
     """
     sampling = (*_check_sampling(temperature, num_negatives, similarity), similarity)
-    states = list(hidden_states)
+    states = [] if hidden_states is None else list(hidden_states)
     return carma_terms(states, attention_mask, constituent_ids, document_ids, range(len(states)), None, sampling,
                   generator)[0]
 
@@ -194,7 +203,7 @@ def stability_loss(hidden_states: Tensor | Sequence[Tensor], attention_mask: Ten
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    states = list(hidden_states)
+    states = [] if hidden_states is None else list(hidden_states)
     if len(states) == 1:
         raise ValueError("stability compares consecutive layers and needs at least 2, got 1")
     steps = carma_terms(states, attention_mask, None, None, None, range(len(states)))[1]

@@ -18,6 +18,7 @@ from torch import Tensor
 from carma_lib.losses.negatives import Order
 
 CHUNK = 2**19  # numbers that one gathered tensor may hold: it stays in a processor's cache
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)  # types of ids and masks
 EDGES = 2**18  # pairs of tokens that are weighed at a time
 
 
@@ -279,8 +280,8 @@ def _check_shapes(states: list[Tensor], others: dict[str, Tensor | None], option
         raise ValueError("hidden_states must be layers × (batch, tokens, width), at least one layer")
     if any(state.shape != states[0].shape for state in states):
         raise ValueError(f"hidden_states differ in shape: {[tuple(state.shape) for state in states]}")
-    if not states[0].is_floating_point():
-        raise ValueError(f"hidden_states must be floating point, got {states[0].dtype}")
+    if wrong := [state.dtype for state in states if not state.is_floating_point() or state.dtype.itemsize < 2]:
+        raise ValueError(f"hidden_states must be floating point of at least 16 bits, got {wrong[0]}")
     if not states[0].numel():
         raise ValueError(f"hidden_states are empty: their shape is {tuple(states[0].shape)}")
     for name, tensor in others.items():
@@ -291,6 +292,6 @@ def _check_shapes(states: list[Tensor], others: dict[str, Tensor | None], option
         if tensor.shape != states[0].shape[:2]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, hidden_states have (batch, tokens) = "
                              f"{tuple(states[0].shape[:2])}")
-        if tensor.is_floating_point():
-            raise ValueError(f"{name} must hold integers or booleans, got {tensor.dtype}")
+        if tensor.dtype not in WHOLE:
+            raise ValueError(f"{name} must hold integers (int64 and smaller) or booleans, got {tensor.dtype}")
 

@@ -109,15 +109,19 @@ def _difference(row: dict) -> str:
     return "published: number of runs not given, last epoch's model, mean over batches"
 
 
+_LATEX = str.maketrans({**{mark: f"\\{mark}" for mark in "%&#$_{}"}, "\\": r"\textbackslash{}", "^": r"\textasciicircum{}",
+                        "~": r"\textasciitilde{}"})
+
+
 def save_table(table: pd.DataFrame, folder: str | os.PathLike, name: str, *, caption: str | None = None) -> Path:
     """Write name.csv and, with a caption, name.tex into the folder; the CSV's path."""
     folder = Path(folder)
     if caption is not None:
         with whole_file(folder / f"{name}.tex") as temporary:
             style = table.style.hide(axis="index").format(escape="latex", precision=4, na_rep="–")
-            temporary.write_text(style.format_index(escape="latex", axis="columns").to_latex(
-                caption=caption.replace("%", r"\%"), label=f"tab:{name}", hrules=True,
-                position_float="centering"), encoding="utf-8")
+            text = style.format_index(escape="latex", axis="columns").to_latex(
+                caption=caption.translate(_LATEX), label=f"tab:{name}", hrules=True, position_float="centering")
+            temporary.write_text(re.sub(r"^(?=[\[*])", "{}", text, flags=re.MULTILINE), encoding="utf-8")  # else \\ would take it
     with whole_file(folder / f"{name}.csv") as temporary:
         table.to_csv(temporary, index=False)
     return folder / f"{name}.csv"

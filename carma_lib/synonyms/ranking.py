@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 from carma_lib.files import fingerprint
 from carma_lib.synonyms.articles import agree, article_before
 from carma_lib.synonyms.cache import read_rows, write_rows
-from carma_lib.synonyms.tagging import Word, entry_of, fixed_words, is_content, tagged_words
+from carma_lib.synonyms.grammar import fixed_words
+from carma_lib.synonyms.tagging import Word, entry_of, is_content, tagged_words
 from carma_lib.synonyms.wordnet import (
     FUNCTION_WORDS, inflect, is_coarse, is_dated, lemmas_of, one_thread_at_a_time, part_of_speech_of, remembered,
     sense_shares, tagged_uses, usual_part_of_speech, wordnet)

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple
 
 from carma_lib.files import fingerprint
 from carma_lib.synonyms import ranking
-from carma_lib.synonyms.wordnet import lemmas_of, objectless, part_of_speech_of, sense_counts, synonym_forms, wordnet
+from carma_lib.synonyms.wordnet import lemmas_of, sense_counts, synonym_forms, wordnet
 from carma_lib.synonyms.articles import ARTICLES, article_before, indefinite_article
+from carma_lib.synonyms.grammar import fixed_words, in_place
 from carma_lib.synonyms.cache import read_rows, write_rows
-from carma_lib.synonyms.tagging import TOKEN, Word, entry_of, fixed_words, is_content, tagged_words
+from carma_lib.synonyms.tagging import TOKEN, Word, entry_of, is_content, tagged_words
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
 RULES = 7  # part of every cache key: raise it with any change of what is replaced by what
 NOISE = 0.5  # how far a seed may move the log-odds of ranked candidates
 LEAST = 0.75  # log-odds below which a ranked candidate is never used
-
-# Verbs that are never said of an object, although WordNet's frames allow it ("speak French", but not "talk French").
-NO_OBJECT = frozenset("reply respond talk chat chatter converse arrive depart belong consist rely depend wait look listen happen occur "
-                      "appear disappear vanish emerge exist".split())
 
 Source = str | Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
 """Where candidates come from: "wordnet" (gated, without context), "ranked" (WordNet's, chosen in context by a language
@@ -105,13 +102,12 @@ def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int]
     for i in content:
         word, article = words[i], article_before(text, words, i)
         if ranked is not None:
-            scores = {form: score + NOISE * _gumbel(seed, item, [word.form.lower(), form])
-                      for form, score in ranked.get(i, ()) if score >= LEAST}
+            scores = {form: score + NOISE * _gumbel(seed, item, [word.form.lower(), form]) for form, score in ranked.get(i, ()) if score >= LEAST}
             found = _candidates(word, lambda form, tag: list(scores), refused)
         else:
             found = [] if i in fixed else _candidates(word, source, refused)
         if found and not isinstance(source, _Dictionary):
-            found = _in_place(*(words[j] if 0 <= j < len(words) else Word(0, 0, "", "") for j in (i - 1, i, i + 1)), found)
+            found = in_place(*(words[j] if 0 <= j < len(words) else Word(0, 0, "", "") for j in (i - 1, i, i + 1)), found)
         if article and article.start < begin:  # it cannot be put right
             found = [form for form in found if indefinite_article(form) == article.form.lower()]
         if found and ranked is not None:
@@ -342,19 +338,6 @@ def _candidates(word: Word, source: Callable[[str, str], Sequence[str]], refused
     if odd := [other for other in found if not _is_word(other)]:
         raise TypeError(f"the source gave {odd[0]!r} among the words for {form!r}; it must give words, as ['large', 'huge']")
     return [other for other in found if entry_of(other) != form and not (refused and refused & _families([other]))]
-
-
-def _in_place(before: Word, word: Word, after: Word, found: list[str]) -> list[str]:
-    """Those that can stand before what follows: an apostrophe (children's, kids'), a verb's object, a preposition or an end."""
-    if after.form[:1] in ("'", "\u2019"):
-        found = [form for form in found if form.endswith("s") == entry_of(word.form).endswith("s")]
-    if part_of_speech_of(word.tag) != "v":
-        return found
-    lemma = {form: lemmas_of(form, "v")[0] for form in found}
-    passive = part_of_speech_of(before.tag) == "v" and "be" in lemmas_of(entry_of(before.form), "v")
-    if passive or after.tag[:2] in ("DT", "PR", "NN", "JJ", "CD"):
-        return [form for form in found if lemma[form] not in NO_OBJECT]
-    return [form for form in found if objectless(lemma[form]) > 0 or after.tag not in ("IN", "TO")]
 
 
 def _families(words: Iterable[str]) -> frozenset[str]:

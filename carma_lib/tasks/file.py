@@ -71,7 +71,7 @@ def build_rows(*, file: str, name: str, content: str, seed: int, split_sizes: Se
     rows, first_of, repeated = [], {}, 0
     for place, given in _read(path):
         row = _checked(path, place, given)
-        first_place, first = first_of.setdefault(row["text"], (place, row))
+        first_place, first = first_of.setdefault(_plain(row["text"]), (place, row))
         if first["target"] != row["target"]:
             raise RunError(f"{path}, {place}: its text has the target {row['target'][:40]!r} here and "
                            f"{first['target'][:40]!r} in {first_place}: keep one of them")
@@ -102,7 +102,13 @@ def build_rows(*, file: str, name: str, content: str, seed: int, split_sizes: Se
 def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
     digest = hashlib.sha256(row["text"].encode()).hexdigest()[:16]
     return {"item_id": f"{name}/{digest}", "text": row["text"], "target": row["target"], "phrases": row["phrases"],
-            "group": row["group"] or row["text"]}
+            "group": row["group"] or _plain(row["text"])}
+
+
+def _plain(text: str) -> str:
+    """What two spellings of one text share: composed letters (NFC), single spaces, and no mark without width."""
+    seen = "".join(letter for letter in unicodedata.normalize("NFC", text) if unicodedata.category(letter) != "Cf")
+    return " ".join(seen.split())
 
 
 def check_sizes(sizes: Any) -> list[float]:
@@ -215,17 +221,17 @@ def _checked(path: Path, place: str, row: dict[str, Any]) -> dict[str, Any]:
             raise wrong(f"the {name} holds half a character (a lone surrogate)", "save the file again as UTF-8")
     split, group = (None if _missing(row.get(name)) else str(row[name]).strip() for name in ("split", "group"))
     if split is not None:
-        known = SPLITS.get(split.lower(), split if re.fullmatch(r"test_[a-z0-9_]+", split) else None)
+        known = SPLITS.get(split.lower(), split if re.fullmatch(r"test_[a-z0-9_]{1,60}", split) else None)
         if known is None:
             raise wrong(f"the split is {split[:40]!r}",
-                        "write train, validation, test, or test_ and a name of small letters")
+                        "write train, validation, test, or test_ and a name of at most 60 small letters")
         split = known
     try:
         phrases = _phrases(row.get("phrases"), row["text"])
     except (TypeError, ValueError, RecursionError) as error:
         raise wrong(f"phrases is {str(row['phrases'])[:60]!r} ({first_line(error)})",
                     "write [[0, 7], [11, 20]] or [\"the bird\"], or leave the column out") from error
-    return {"text": row["text"], "target": row["target"], "split": split, "group": group, "phrases": phrases}
+    return {"text": row["text"], "target": row["target"].strip(), "split": split, "group": group, "phrases": phrases}
 
 
 def _missing(value: Any) -> bool:
@@ -277,7 +283,7 @@ def _made_splits(path: Path, rows: list[dict[str, Any]], seed: int,
     """
     groups = defaultdict(list)
     for row in rows:
-        groups[row["group"] or row["text"]].append(row)
+        groups[row["group"] or _plain(row["text"])].append(row)
     if len(groups) < 3:
         raise RunError(f"{path} holds {len(groups)} groups of rows, and train, validation and test need one each: add rows")
     order = sorted(groups, key=lambda group: hashlib.sha256(json.dumps([seed, group]).encode()).digest())
