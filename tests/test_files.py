@@ -187,7 +187,7 @@ def test_a_lock_has_one_holder_and_ends_with_its_process(tmp_path, soft, monkeyp
 
 def test_a_lock_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="cannot be made or locked"), locked(tmp_path / "file" / "lock"):
+    with pytest.raises(RunError, match="is in its way: move that away"), locked(tmp_path / "file" / "lock"):
         pass
 
 
