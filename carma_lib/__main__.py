@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Collection
 from pathlib import Path
 
@@ -65,6 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+PATIENCE = 4.0  # seconds in which a command that was told to stop may close what it has open
+
+
 class _Stopped(BaseException):
     """An interruption (Ctrl-C, exit code 130) or a termination (SIGTERM, 143)."""
 
@@ -83,6 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
     def stop(number: int, frame: object) -> None:
         for kind in before:
             signal.signal(kind, again)
+        late = threading.Timer(PATIENCE, _stopped, (options, 128 + number, spare))  # if what is open does not close
+        late.daemon = True
+        late.start()
         end_children(spare)  # before they can print of their own interruption
         raise KeyboardInterrupt if number == signal.SIGINT else _Stopped(number)
 

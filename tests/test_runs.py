@@ -296,3 +296,25 @@ def test_fresh_takes_a_link_away_and_leaves_what_it_leads_to(project, tmp_path):
     write_json(run / "status.json", {"notebooks": {}})
     notebooks._open_status(manifest.make_plan("default", root=project), resume=False, fresh=True)
     assert not (run / "end.txt").is_symlink() and (elsewhere / "kept.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_does_not_close_is_ended_after_seconds(number, code):
+    script = """if True:
+        import time
+        import carma_lib.__main__ as command
+        def slow(options):
+            try:
+                print("ready", flush=True)
+                time.sleep(60)
+            finally:
+                time.sleep(60)
+        command._command = slow
+        command.main(["sweep", "any.yml"])"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    begun = time.monotonic()
+    process.send_signal(number)
+    said = process.communicate(timeout=30)[1].strip().splitlines()
+    assert process.returncode == code and time.monotonic() - begun < 10 and said[-1].startswith("carma_lib: ")
+    assert len(said) == 1 and "the same command goes on from there" in said[0]
