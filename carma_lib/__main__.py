@@ -87,13 +87,13 @@ def main(arguments: list[str] | None = None) -> int:
     def stop(number: int, frame: object) -> None:
         for kind in before:
             signal.signal(kind, again)
-        late = threading.Timer(PATIENCE, _stopped, (options, 128 + number, spare))  # if what is open does not close
-        late.daemon = True
-        late.start()
+        late.append(threading.Timer(PATIENCE, _stopped, (options, 128 + number, spare)))  # if what is open does not close
+        late[-1].daemon = True
+        late[-1].start()
         end_children(spare)  # before they can print of their own interruption
         raise KeyboardInterrupt if number == signal.SIGINT else _Stopped(number)
 
-    before = {}
+    before, late = {}, []
     try:
         for kind in (signal.SIGINT, signal.SIGTERM):
             before[kind] = signal.signal(kind, stop)
@@ -101,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, _Stopped) as stopped:
         return _stopped(options, getattr(stopped, "code", 130), spare)
     finally:
+        for timer in late:
+            timer.cancel()
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
