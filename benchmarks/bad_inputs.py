@@ -146,7 +146,7 @@ def sweep_file(work: Path) -> Iterator[Case]:
         "data of another task": {"data": {"sst3": {}}}, "split_by unknown": {"tasks": ["wordnet_inverse_dictionary"], "data": {
             "wordnet_inverse_dictionary": {"split_by": "column"}}}, "steps in words": {"settings": {"steps": "many"}},
         "test_at after the end": {"settings": {"steps": 10, "warmup_steps": 0, "test_at": [20]}}, "settings is a list": {"settings": [1]},
-        "settings is an empty list": {"settings": []}, "conditions are false": {"conditions": False}, "data is 0": {"data": 0},
+        "settings is an empty list": {"settings": []}, **{f"no {key} after its name": {key: None} for key in ("run_dir", "tasks", "models", "methods", "seeds")}, "conditions are false": {"conditions": False}, "data is 0": {"data": 0},
         "a zero byte in run_dir": {"run_dir": "run\0s"}, "tokenizer of a file": {"settings": {"steps": 10, "warmup_steps": 0, "tokenizer_tasks": ["my.csv"]}},
         "plain texts of a file": {"conditions": {"plain_texts": ["nofile.csv"]}},
         "layers of no block": {"settings": {"steps": 10, "warmup_steps": 0, "mi_layers": [0, 9]}}, "steps and epochs": {"settings": {"steps": 1, "epochs": 1}},

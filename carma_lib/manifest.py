@@ -22,7 +22,7 @@ from carma_lib.methods import METHODS
 from carma_lib.models import load_config
 from carma_lib.pooling import PROTOCOLS
 from carma_lib.stats.claims import check_plan, claims_for
-from carma_lib.tasks import TASKS, task_named
+from carma_lib.tasks import task_named
 from carma_lib.tasks import file as own
 from carma_lib.tasks.controlled.lexicon import lexicon_file
 from carma_lib.tasks.wordnet import SPLIT_KEYS
@@ -183,8 +183,7 @@ def _apply_settings(settings: dict[str, str], chosen: dict[str, dict[str, Any]],
         if name == "run_dir":
             raise RunError("run_dir is one for all notebooks: use --run-dir")
         targets = [target for target in known if name in known[target] and notebook in ("", target)]
-        kind = Training if name in Training.model_fields else Testing if name in Testing.model_fields else None
-        home = {Training: "02_finetune", Testing: "03_evaluate"}.get(kind)
+        home = "02_finetune" if name in Training.model_fields else "03_evaluate" if name in Testing.model_fields else None
         if home in known and home not in targets and notebook in ("", home):
             chosen[home].setdefault("recipe", {})[name] = _literal(literal)
         elif not targets:
@@ -230,20 +229,20 @@ def _check_values(parameters: dict[str, dict[str, Any]]) -> None:
                     studies[given] = read_study(project_root() / values["plan"], values["changes"])
                     studies[given].cells(defaultdict(lambda: 1e-3), {})  # which checks every cell's recipe
                     check_plan(claims_for(studies[given].claims, studies[given].tasks))
-                study = studies[given]
-                if unknown := [block for block in values.get("blocks", ()) if block not in study.blocks]:
-                    raise ValueError(f"the plan has no block '{unknown[0]}'; it has {', '.join(study.blocks)}")
+                if unknown := [block for block in values.get("blocks", ()) if block not in studies[given].blocks]:
+                    raise ValueError(f"the plan has no block '{unknown[0]}'; it has {', '.join(studies[given].blocks)}")
             for setting in ("archive", "trials_from"):
                 if (folder := values.get(setting)) and (project_root() / folder).is_file():
                     raise ValueError(f"{setting} is a folder, and {folder} is a file")
+        if name := "03_evaluate" if "03_evaluate" in parameters else "":
+            _check_tests(parameters[name])
         if name := "02_finetune" if "02_finetune" in parameters else "":
             _check_cells(parameters[name], parameters.get("03_evaluate", {}))
             if name := "04_statistics" if "04_statistics" in parameters else "":
                 _check_comparison(parameters["02_finetune"]["methods"], parameters[name]["methods"], parameters[name]["baseline"])
     except (ValueError, TypeError, OSError) as error:
-        text = " ".join(str(error).split())
-        if "hub cannot be reached" not in text:  # what depends on the model is then checked when it is loaded
-            raise RunError(text if text.startswith("03_evaluate: ") else f"{name}: {text}") from error
+        if "hub cannot be reached" not in str(error):  # what depends on the model is then checked when it is loaded
+            raise RunError(f"{name}: {' '.join(str(error).split())}") from error
 
 
 def _check_value(setting: str, value: Any) -> None:
@@ -263,18 +262,21 @@ def _check_value(setting: str, value: Any) -> None:
                 raise ValueError(f"{setting} must be {what}, not {entry!r}")
 
 
+def _check_tests(testing: dict[str, Any]) -> None:
+    if wrong := [name for name in testing["recipe"] if name not in Testing.model_fields]:
+        raise ValueError(f"'{wrong[0]}' is no setting of the tests; there are {', '.join(Testing.model_fields)}")
+    if not testing["rates"]:
+        raise ValueError("rates is empty; name at least one share of words to replace, such as [0.25]")
+    if testing["depth_shares"] and "word" not in testing["levels"]:
+        raise ValueError("levels must name 'word', which the figures show; for no pooling leave depth_shares empty")
+
+
 def _check_cells(training: dict[str, Any], testing: dict[str, Any]) -> None:
     for setting in ("tasks", "methods"):
         if not training[setting]:
             raise ValueError(f"{setting} is empty; name at least one")
-    if wrong := [name for name in testing.get("recipe", {}) if name not in Testing.model_fields]:
-        raise ValueError(f"03_evaluate: '{wrong[0]}' is no setting of the tests; there are {', '.join(Testing.model_fields)}")
     if training["methods"][0] == "untuned":  # notebook 2 takes the first one for the time of a training
         raise ValueError("methods begins with 'untuned', which is not trained: put it last")
-    if not testing.get("rates", [0.25]):
-        raise ValueError("03_evaluate: rates is empty; name at least one share of words to replace, such as [0.25]")
-    if testing.get("depth_shares") and "word" not in testing.get("levels", ["word"]):
-        raise ValueError("03_evaluate: levels must name 'word', which the figures show; for no pooling leave depth_shares empty")
     tests = {name: testing[name] for name in testing if name in Testing.model_fields} | testing.get("recipe", {})
     for task in training["tasks"]:
         filled = recipe_for(task_named(task).kind, {"start": training["start"], "steps": training["steps"],
@@ -282,8 +284,6 @@ def _check_cells(training: dict[str, Any], testing: dict[str, Any]) -> None:
         for method in training["methods"]:
             for seed in filled.seeds:
                 Cell(task, method, seed, filled.recipe)
-    if unknown := [name for name in filled.recipe.tokenizer_tasks if name not in TASKS]:
-        raise ValueError(f"tokenizer_tasks: unknown task '{unknown[0]}'; there are {', '.join(TASKS)}")
 
 
 def _check_comparison(trained: list[str], compared: list[str], baseline: str) -> None:

@@ -12,6 +12,7 @@ PROTOCOLS = ("sum", "mean", "max")
 
 
 def check_inputs(input_ids: Tensor, attention_mask: Tensor, constituent_ids: Tensor) -> None:
+    """Three whole-number tensors (batch, tokens); the mask holds 0 and 1, a row real tokens in one run, at one of its ends."""
     named = {"input_ids": input_ids, "attention_mask": attention_mask, "constituent_ids": constituent_ids}
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_complex():
@@ -28,6 +29,7 @@ def check_inputs(input_ids: Tensor, attention_mask: Tensor, constituent_ids: Ten
 
 
 def check_reach(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Real tokens lie in the model's vocabulary, and a row has no more of them than the model has positions."""
     vocabulary, most = model.get_input_embeddings().weight.shape[0], learned_positions(model)
     inside = input_ids.long().masked_fill(attention_mask == 0, 0)
     if inside.min() < 0 or inside.max() >= vocabulary:
@@ -43,14 +45,11 @@ def checked_grid(start_layers: Sequence[int], protocols: Sequence[str], depth: i
         if isinstance(values, str) or not isinstance(values, Iterable):
             raise ValueError(f"{name} must be a list, such as {example}, not {values!r}")
     start_layers, protocols = list(start_layers), list(protocols)
-    if odd := [layer for layer in start_layers if not hasattr(layer, "__index__")]:
-        raise ValueError(f"start layer must be an integer, not {odd[0]!r}")
-    if odd := [protocol for protocol in protocols if not isinstance(protocol, str)]:
-        raise ValueError(f"unknown protocol {odd[0]!r}; use one of {', '.join(PROTOCOLS)}")
-    layers, protocols = list(dict.fromkeys(start_layers)), list(dict.fromkeys(protocols))
-    for layer in layers:
+    for layer in start_layers:
+        if not hasattr(layer, "__index__"):
+            raise ValueError(f"start layer must be an integer, not {layer!r}")
         if not 0 <= layer < depth:
             raise ValueError(f"start layer {layer} lies outside the model's blocks 0 to {depth - 1}")
     if unknown := [protocol for protocol in protocols if protocol not in PROTOCOLS]:
         raise ValueError(f"unknown protocol {unknown[0]!r}; use one of {', '.join(PROTOCOLS)}")
-    return [operator.index(layer) for layer in layers], protocols
+    return list(dict.fromkeys(map(operator.index, start_layers))), list(dict.fromkeys(protocols))

@@ -625,11 +625,10 @@ def test_grammar_and_fixed_expressions_hold_words(text):
 
 
 @pytest.mark.parametrize(("text", "changed"), [
-    ("the children's film", "the children's movie"), ("the kids' film", "the kids' movie"), ("the children film", None), ("the kids left", "the children left"),
-    ("the movie's end", None), ("the start of the film", "the start of the movie"), ("He answered.", "He replied."), ("They speak.", "They talk.")])
+    ("the children's film", "the children's movie"), ("the kids' film", "the kids' movie"), ("the kids left", "the children left"),
+    ("the movie's end", "the film's end"), ("the start of the film", "the start of the movie"), ("He answered.", "He replied."), ("They speak.", "They talk.")])
 def test_a_possessed_word_keeps_its_mark_and_others_are_replaced(text, changed):
-    done = replace_synonyms(text, rate=1, seed=0).text
-    assert done == changed or changed is None and "s's" not in done and "n'" not in done.replace("n's", "")
+    assert replace_synonyms(text, rate=1, seed=0).text == changed
 
 
 @pytest.mark.parametrize("text", ["film://movie", "file:///film/movie", "film.co.uk", "movie.tv", "C:/film/movie", "./start now", "../film", "`buy(car)`",

@@ -15,10 +15,10 @@ from typing import Any
 from carma_lib.files import RunError, check_folder, fingerprint, read_json, reading, sha256_of, write_json
 from carma_lib.lab.recipe import EXAMPLES, Recipe, Testing
 from carma_lib.methods import METHODS, check_method
-from carma_lib.tasks import read_card, task_named
+from carma_lib.tasks import TASKS, read_card, task_named
 
 #: Raise one when a training, or the tests, come to something else with the same settings and data.
-#: Training and testing 2: another draw of the negatives, from the same distribution.
+#: Training and testing 2: another draw of the negatives, from the same distribution. Testing 3 and 4: other words are replaced.
 TRAINING_RULES, TESTING_RULES = 2, 4
 RULES = f"{TRAINING_RULES}.{TESTING_RULES}"
 #: A cell's facts in tables.
@@ -47,6 +47,8 @@ class Cell:
         tests = task_named(self.task).tests
         if unknown := [name for name in self.recipe.test_splits + self.recipe.changed_splits if tests and name not in tests]:
             raise ValueError(f"{self.task} has no split '{unknown[0]}'; models are tested on {', '.join(tests)}")
+        if unknown := [name for name in self.recipe.tokenizer_tasks if name not in TASKS]:
+            raise ValueError(f"tokenizer_tasks: unknown task '{unknown[0]}'; there are {', '.join(TASKS)}")
         for name in self.recipe.plain_texts:
             if name != EXAMPLES:
                 task_named(name)

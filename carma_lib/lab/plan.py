@@ -94,7 +94,7 @@ def _checked(file: Path, text: Any) -> Sweep:
     seeds = _listed(text, "seeds")
     if wrong := [seed for seed in seeds if type(seed) is not int]:
         raise ValueError(f"seeds are whole numbers from 0 on, not {wrong[0]!r}")
-    text = {**dict.fromkeys(("settings", "conditions", "data"), {}), **{key: value for key, value in text.items() if value is not None}}
+    text = {**text, **{key: {} for key in KEYS if key not in NEEDED and text.get(key) is None}}
     data = _data(text["data"], given)
     files = {task: {"file": str(user_path(task).resolve())} for task in given if names[task] != task}
     data = {names[task]: {**data.get(task, {}), **files.get(task, {})} for task in given if task in data or task in files}
@@ -102,8 +102,6 @@ def _checked(file: Path, text: Any) -> Sweep:
     cells = tuple(Cell(task, method, seed, recipes[task])
                   for recipes, task, seed, method in itertools.product(models, tasks, seeds, methods))
     for cell in cells:
-        if unknown := [name for name in cell.recipe.tokenizer_tasks if name not in TASKS]:
-            raise ValueError(f"tokenizer_tasks: unknown task '{unknown[0]}'; there are {', '.join(TASKS)}")
         if unknown := [name for name in cell.recipe.plain_texts if name not in (*TASKS, *tasks, EXAMPLES)]:
             raise ValueError(f"plain_texts names '{unknown[0]}', which is no task of the sweep; there are {', '.join((*tasks, *TASKS, EXAMPLES))}")
     if len({cell.key for cell in cells}) < len(cells):

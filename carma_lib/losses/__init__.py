@@ -142,7 +142,7 @@ class CarmaLoss:
                              "all that the model returns, and None first where a family returns no embeddings")
         config = self.config.for_depth(len(hidden_states) - 1)
         if not config.layers:
-            zero = next(state for state in reversed(hidden_states) if state is not None).new_zeros((), dtype=torch.float32)
+            zero = torch.zeros((), device=next((state.device for state in hidden_states if state is not None), None))
             return CarmaTerms(zero, zero, zero, tuple(scalar.item() for scalar in read))
         kept = [hidden_states[layer + 1] for layer in config.layers]
         within = {"mi": config.mi_layers if config.mi_weight else None,

@@ -1,12 +1,11 @@
 """Which words grammar and fixed expressions hold in place, and which synonyms a place takes."""
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Sequence
 
 from carma_lib.synonyms.tagging import Word, entry_of
 from carma_lib.synonyms.wordnet import (
-    lemmas_of, multiword_lemmas, objectless, one_thread_at_a_time, part_of_speech_of, tagged_uses, wordnet)
+    lemmas_of, multiword_lemmas, objectless, one_thread_at_a_time, part_of_speech_of, remembered, tagged_uses, wordnet)
 
 PARTICLES = frozenset("up out off down away apart along around back over".split())
 INTENSIFIERS = frozenset("super real awful dead mighty jolly dreadful precious bloody pretty plain way damn".split())
@@ -14,7 +13,7 @@ CLAUSE_OPENERS = frozenset("after before as than if when until till since becaus
 BARE_INFINITIVE = frozenset("help make see hear watch feel notice observe dare need".split())  # "saw him leave"
 # A finite verb cannot follow these, so what the tagger calls one is a noun or adjective ("the start", "by means of").
 DETERMINERS = frozenset("a an the every no another my your his her its our their whose".split())
-SUBORDINATORS = frozenset("that because if whether as than while whilst though although since unless until till before after so lest like".split())
+SUBORDINATORS = CLAUSE_OPENERS | frozenset("that whether whilst although unless so lest like".split())
 FINITE = ("VB", "VBP", "VBZ", "VBD")
 # Fixed expressions that WordNet does not list.
 EXPRESSIONS = frozenset("as_a_result rest_assured my_god oh_god i_mean you_mean big_screen small_screen silver_screen test_of_time "
@@ -36,7 +35,7 @@ def fixed_words(words: Sequence[Word]) -> frozenset[int]:
     places: set[int] = set()
     forms = [entry_of(word.form) for word in words]
     for place, word in enumerate(words):
-        before, after = (words[i] if 0 <= i < len(words) else Word(0, 0, "", "") for i in (place - 1, place + 1))
+        before, after = _beside(words, place)
         if (word.tag == "NN" and after.tag[:2] == "NN") or (before.tag[:3] == "NNP" and word.tag[:2] == "NN"):
             places.add(place)
         if (word.tag[:2] == "VB" and after.form.lower() in PARTICLES) or _held(before, word, after):
@@ -53,7 +52,7 @@ def fixed_words(words: Sequence[Word]) -> frozenset[int]:
     return frozenset(places)
 
 
-@lru_cache(maxsize=1)
+@remembered
 def _expressions() -> tuple[frozenset[str], dict[str, int]]:
     """Expressions of several words, WordNet's and ours, and for each first word the most tokens of one."""
     known, longest = multiword_lemmas() | EXPRESSIONS, {}
@@ -106,14 +105,20 @@ def _lemmas(word: Word) -> tuple[str, ...]:
     return lemmas_of(entry_of(word.form), letter) if letter else ()
 
 
-def in_place(before: Word, word: Word, after: Word, found: list[str]) -> list[str]:
-    """Those that can stand before what follows: an apostrophe (children's, kids'), a verb's object, a preposition or an end."""
+def _beside(words: Sequence[Word], place: int) -> tuple[Word, Word]:
+    """The words before and after a place, empty ones beyond the ends."""
+    before, after = (words[i] if 0 <= i < len(words) else Word(0, 0, "", "") for i in (place - 1, place + 1))
+    return before, after
+
+
+def in_place(words: Sequence[Word], place: int, found: list[str]) -> list[str]:
+    """Those of the synonyms found that can stand before what follows: an apostrophe (children's, kids'), an object, a preposition."""
+    word, (before, after) = words[place], _beside(words, place)
     if after.form[:1] in ("'", "\u2019"):
         found = [form for form in found if form.endswith("s") == entry_of(word.form).endswith("s")]
     if part_of_speech_of(word.tag) != "v":
         return found
     lemma = {form: lemmas_of(form, "v")[0] for form in found}
-    passive = part_of_speech_of(before.tag) == "v" and "be" in lemmas_of(entry_of(before.form), "v")
-    if passive or after.tag[:2] in ("DT", "PR", "NN", "JJ", "CD"):
+    if "be" in _lemmas(before) or after.tag[:2] in ("DT", "PR", "NN", "JJ", "CD"):
         return [form for form in found if lemma[form] not in NO_OBJECT]
     return [form for form in found if objectless(lemma[form]) > 0 or after.tag not in ("IN", "TO")]

@@ -107,7 +107,7 @@ def replace_synonyms(text: str, *, rate: float, seed: int, span: tuple[int, int]
         else:
             found = [] if i in fixed else _candidates(word, source, refused)
         if found and not isinstance(source, _Dictionary):
-            found = in_place(*(words[j] if 0 <= j < len(words) else Word(0, 0, "", "") for j in (i - 1, i, i + 1)), found)
+            found = in_place(words, i, found)
         if article and article.start < begin:  # it cannot be put right
             found = [form for form in found if indefinite_article(form) == article.form.lower()]
         if found and ranked is not None:
