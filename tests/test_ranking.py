@@ -1,4 +1,5 @@
 """Candidates in context by a small random model: the tree against plain passes, scores, nesting, the cache."""
+import math
 import os
 
 import pytest
@@ -69,19 +70,27 @@ def naive_score(scorer, text, place, candidate):
         branch = ids(lead + (form.capitalize() if word.form[0].isupper() else form) + full[word.end:after[-1]])
         passes = [plain(scorer, start + branch[:n]) for n in range(1, len(branch) + 1)]
         own = len(branch) - len(after)
-        return sum(value for _, value in passes[:own]), [unit(state) for state, _ in passes[own:]], unit(
-            plain(scorer, [0, *ids(full), *ids(f" {form}")])[0])
+        return (float(sum(value for _, value in passes[:own])), float(sum(value for _, value in passes[own:])),
+                [unit(state) for state, _ in passes[own:]])
 
-    asked, meant = [0, *ids(full), *ids(f' "{word.form.lower()}" means "')], 0.0
-    for token in ids(candidate.form):
+    spoken = word.form.lower()
+    asked, named = [0, *ids(full), *ids(f' A synonym of "{spoken}" in this sentence is "')], 0.0
+    for token in [*ids(candidate.form), *ids('"')]:
         asked.append(token)
-        meant += plain(scorer, asked)[1]
-    (gain, tail, echo), (gain_before, tail_before, echo_before) = parts(candidate.form), parts(word.form.lower())
-    cosines = [float(one @ two) for one, two in zip(tail, tail_before)]
-    features = [max(-8, min(6, gain - gain_before)), max(-14, meant), sum(cosines) / len(cosines), cosines[-1],
-                float(echo @ echo_before), candidate.beside, candidate.frequency, word.tag[0] == "J",
-                candidate.agreement]
-    return ranking.BIAS + sum(weight * float(value) for weight, value in zip(ranking.WEIGHTS, features))
+        named += float(plain(scorer, asked)[1])
+    (own, tail, states), (own_before, tail_before, states_before) = parts(candidate.form), parts(spoken)
+    embeddings = scorer.model.get_input_embeddings().weight.detach()
+    one, two = (embeddings[ids(f" {form}")[-1]] - embeddings[[0, *ids(full)]].mean(0) for form in (candidate.form, spoken))
+    shares = candidate.word_share, candidate.candidate_share
+    features = {
+        "candidate": max(-15, own), "word": max(-15, own_before), "after": max(-5, min(5, tail - tail_before)),
+        "synonym": max(-14, named), "states": sum(float(x @ y) for x, y in zip(states, states_before)) / len(states),
+        "embeddings": float(one @ two / (one.norm() * two.norm())), "word_share": math.log(shares[0] + 0.001),
+        "candidate_share": math.log(shares[1] + 0.001), "agreement": 0 if candidate.beside else shares[0] * shares[1],
+        "hypernym": candidate.beside and word.tag[0] != "J", "senses": math.log(1 + candidate.senses),
+        "word_tokens": len(ids(f" {spoken}")), "candidate_tokens": len(ids(f" {candidate.form}"))}
+    assert set(features) == set(ranking.WEIGHTS)
+    return ranking.BIAS + sum(weight * features[name] for name, weight in ranking.WEIGHTS.items())
 
 
 @pytest.mark.parametrize("text", [SENTENCES[0], SENTENCES[1]])

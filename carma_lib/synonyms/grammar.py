@@ -105,6 +105,10 @@ def _lemmas(word: Word) -> tuple[str, ...]:
     return lemmas_of(entry_of(word.form), letter) if letter else ()
 
 
+def _spellings(form: str, letter: str) -> tuple[str, ...]:
+    return entry_of(form), *lemmas_of(entry_of(form), letter)
+
+
 def _beside(words: Sequence[Word], place: int) -> tuple[Word, Word]:
     """The words before and after a place, empty ones beyond the ends."""
     before, after = (words[i] if 0 <= i < len(words) else Word(0, 0, "", "") for i in (place - 1, place + 1))
@@ -112,8 +116,12 @@ def _beside(words: Sequence[Word], place: int) -> tuple[Word, Word]:
 
 
 def in_place(words: Sequence[Word], place: int, found: list[str]) -> list[str]:
-    """Those of the synonyms found that can stand before what follows: an apostrophe (children's, kids'), an object, a preposition."""
+    """Those of the synonyms found that the text does not hold already ("terminate, end"), and that can stand before what
+    follows: an apostrophe (children's, kids'), an object, a preposition."""
     word, (before, after) = words[place], _beside(words, place)
+    letter = part_of_speech_of(word.tag) or "n"
+    others = {form for i, each in enumerate(words) if i != place for form in _spellings(each.form, letter)}
+    found = [form for form in found if others.isdisjoint(_spellings(form, letter))]
     if after.form[:1] in ("'", "\u2019"):
         found = [form for form in found if form.endswith("s") == entry_of(word.form).endswith("s")]
     if part_of_speech_of(word.tag) != "v":

@@ -31,9 +31,9 @@ from carma_lib.synonyms.tagging import TOKEN, Word, entry_of, is_content, tagged
 if TYPE_CHECKING:
     from datasets import Dataset
 
-RULES = 7  # part of every cache key: raise it with any change of what is replaced by what
+RULES = 8  # part of every cache key: raise it with any change of what is replaced by what
 NOISE = 0.5  # how far a seed may move the log-odds of ranked candidates
-LEAST = 0.75  # log-odds below which a ranked candidate is never used
+LEAST = -0.2  # log-odds below which a ranked candidate is never used
 
 Source = str | Mapping[str, Sequence[str]] | Callable[[str, str], Sequence[str]]
 """Where candidates come from: "wordnet" (gated, without context), "ranked" (WordNet's, chosen in context by a language
