@@ -1,11 +1,14 @@
 """SST: trees read by an independent reading, published thresholds, splits, and what happens without the data."""
 import re
+import warnings
 
 import pytest
 
 from carma_lib.files import RunError
 from carma_lib.tasks import DataNotFound, build_task, sst
 from carma_lib.tasks.sst import parse_tree, phrase_spans, three_class
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*Stanford's has")  # small files stand for large ones
 
 
 def nested(line):
@@ -79,6 +82,27 @@ def test_trees_with_marks_of_other_systems(small_sst):
     assert scores == {}
     (small_sst / "sentence_scores.tsv").write_bytes("\ufeffsplit\trow\tscore\r\ndev\t1\t0.25\r\n\r\n".encode())
     assert sst.load_trees()[1] == {("validation", 1): 0.25}
+
+
+def test_a_file_cut_at_a_line_or_another_split_is_told(sst_folder, tmp_path, monkeypatch):
+    own = tmp_path / "sst" / "trees"
+    own.mkdir(parents=True)
+    monkeypatch.setenv("CARMA_DATA", str(tmp_path))
+
+    def told(**from_file):
+        for name in ("train", "dev", "test"):
+            (own / f"{name}.txt").write_bytes((sst_folder / "trees" / f"{from_file.get(name, name)}.txt").read_bytes())
+        if "cut" in from_file:
+            lines = (own / "test.txt").read_bytes().splitlines(keepends=True)
+            (own / "test.txt").write_bytes(b"".join(lines[:from_file["cut"]]))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sst.load_trees()
+        return [str(each.message) for each in caught if "Stanford" in str(each.message)]
+
+    assert told() == []
+    assert ["test.txt holds 2,209 sentences and Stanford's has 2,210" in each for each in told(cut=2209)] == [True]
+    assert ["dev.txt holds 2,210 sentences and Stanford's has 1,101" in each for each in told(dev="test")] == [True]
 
 
 @pytest.mark.parametrize(("content", "says"), [

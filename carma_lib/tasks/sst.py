@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ THREE_CLASSES = ("negative", "neutral", "positive")
 FIVE_CLASSES = ("terrible", "bad", "okay", "good", "excellent")
 MAX_PHRASE_WORDS = 4
 _FILES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
+_SENTENCES = {"train": 8544, "validation": 1101, "test": 2210}  # of Stanford's files
 _UNESCAPE = {"-LRB-": "(", "-RRB-": ")", "\\/": "/", "\\*": "*"}
 _TOKEN = re.compile(r"\(|\)|[^() ]+")
 
@@ -123,6 +125,9 @@ def _from_folder(folder: Path) -> tuple[dict[str, list[Tree]], dict[tuple[str, i
             trees[split] = [_with_number(number, parse_tree, line) for number, line in enumerate(lines, 1) if line.strip()]
         if not trees[split]:
             raise DataNotFound(f"trees/{name} in {folder} is empty. {_HOW_TO_GET}")
+        if len(trees[split]) != _SENTENCES[split]:
+            warnings.warn(f"{path} holds {len(trees[split]):,} sentences and Stanford's has {_SENTENCES[split]:,}: it is cut short, or "
+                          "another file; unpack Stanford's zip again, or go on with what is there", stacklevel=2)
     scores = folder / "sentence_scores.tsv"
     with reading(scores, "correct it, or delete it and the trees' labels are used"):
         return trees, _read_scores(scores, trees) if scores.is_file() else {}
@@ -183,7 +188,8 @@ _HOW_TO_GET = ("Three ways: set CARMA_DATA to a folder that holds sst/trees/{tra
 def load_trees() -> tuple[dict[str, list[Tree]], dict[tuple[str, int], float]]:
     """The trees by split, and sentence scores by (split, row); from `$CARMA_DATA/sst`, else the hub.
 
-    Raises `DataNotFound` naming the ways to get them, `RunError` naming a damaged file and its line.
+    Raises `DataNotFound` naming the ways to get them, `RunError` naming a damaged file and its line. Warns of a file with
+    another number of sentences than Stanford's.
     """
     root = os.environ.get("CARMA_DATA")
     if root is None:
