@@ -16,7 +16,7 @@ EPILOG = """examples:
   python -m carma_lib run                                   the embedded study (profile default)
   python -m carma_lib run --profile ci --dry-run            check everything, say what would be done, and stop
   python -m carma_lib run --profile sst --resume            go on after an interruption
-  python -m carma_lib run --profile sst --run-dir runs/long --set batch_size=32 --set 02_finetune.seeds=[1,2,3,4]
+  python -m carma_lib run --profile sst --run-dir runs/long --set batch_size=32 --set "02_finetune.seeds=[1,2,3,4]"
   python -m carma_lib publish                               copy the notebooks executed in runs/default to notebooks/
   python -m carma_lib sweep sweeps/example.yml --dry-run    tasks × models × methods × seeds; see sweep --help
 

@@ -1,4 +1,4 @@
-"""What pooling is given, checked at the door; each error is a `ValueError` in one line."""
+"""What pooling is given, checked before anything is computed; each error is a `ValueError` in one line."""
 from __future__ import annotations
 
 import operator

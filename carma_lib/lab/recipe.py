@@ -1,4 +1,4 @@
-"""How a cell is trained and tested: every setting checked at the door, gaps filled from the model table."""
+"""How a cell is trained and tested: every setting checked before use, gaps filled from the model table."""
 from __future__ import annotations
 
 import math

@@ -91,7 +91,7 @@ def in_archive(archive: Path, folder: Path) -> Callable[[Cell], bool]:
     marks = dict(zip(known["cell"], known["mark"]))
     if older := int((known["rules"] != RULES).sum()):
         print(f"{older} of {len(known)} cells in {archive} were made by earlier rules than {RULES} and are kept; "
-              "move that folder away to make them again")
+              "without its .parquet files they are made again")
     return lambda cell: cell.key in marks and marks[cell.key] == testing_mark(folder, cell)
 
 
@@ -110,9 +110,14 @@ def read_answers(archive: Path, cells: pd.DataFrame, *, conditions: Sequence[str
                  budgets: Sequence[int] = ()) -> pd.DataFrame:
     """The answers of some rows of `read_cells` as one result table, with the cells' facts beside.
 
-    conditions, budgets: only these; no budgets for all.
+    conditions, budgets: only these; no budgets for all. Rules of different versions replace other words, so answers
+    under synonyms are given of one version only, that of the most cells of a task; one line tells of the others.
     """
     keep = arrow.field("cell").isin(list(cells["cell"])) & arrow.field("condition").isin(list(conditions))
+    rules = cells.groupby("task")["rules"].agg(lambda of_task: of_task.mode()[0])
+    if "replaced" in conditions and len(others := cells[cells["rules"] != cells["task"].map(rules)]):
+        print(f"{len(others)} of {len(cells)} cells were tested under other rules, which replace other words: they are left out under synonyms")
+        keep &= ~(arrow.field("cell").isin(list(others["cell"])) & (arrow.field("condition") == "replaced"))
     if len(budgets):
         keep &= arrow.field("budget").isin([int(budget) for budget in budgets])
     with reading(Path(archive) / "results.parquet"):

@@ -1,7 +1,7 @@
 """The long result table: its columns, its checks, and Parquet on disk.
 
 A row is one item under one condition, answered by one model trained by one method from one seed.
-Every number of the notebooks comes from this table.
+Accuracy and all claims come from this table; measures of hidden states and times have tables of their own.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RESULT_COLUMNS: dict[str, tuple[str, str]] = {
     "source": ("category", "source of the synonyms; empty if not replaced"),
     "rate": ("float64", "share of words to replace; 0 if not replaced"),
     "start_layer": ("int64", "first block that reads pooled states; -1 if not pooled"),
-    "depth_share": ("float64", "start_layer as a share of the depth; NaN if not pooled"),
+    "depth_share": ("float64", "the share s that was asked for, where start_layer = ⌈s · blocks⌉ − 1 (at least 1 of more than 8 blocks); NaN if not pooled"),
     "protocol": ("category", "sum, mean or max; empty if not pooled"),
     "level": ("category", "word or phrase; empty if not pooled"),
     "changed": ("int64", "words replaced or tokens pooled away"),
