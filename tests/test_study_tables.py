@@ -70,7 +70,7 @@ def test_forgetting_is_a_ratio_of_growths():
     row = forgetting(pd.concat(parts)).iloc[0]
     logarithms = np.log([10 / 20, 12 / 30, 40 / 50])
     assert (row.ratio, row["from"], row["to"]) == pytest.approx(np.exp(interval(logarithms)))
-    assert row["perplexity grows by"] == pytest.approx(np.exp(np.mean(np.log([5, 6, 20])))) and row.n_seeds == 3
+    assert row["perplexity, after over before"] == pytest.approx(np.exp(np.mean(np.log([5, 6, 20])))) and row.n_seeds == 3
 
 
 def test_curves_tell_speed_from_level():

@@ -40,7 +40,7 @@ def method_differences(answers: pd.DataFrame, questions: Iterable[dict]) -> tupl
 
 
 def forgetting(measures: pd.DataFrame) -> pd.DataFrame:
-    """How perplexity of plain text grows, a row a task and method: by which factor, plain fine-tuning's, and their ratio.
+    """Perplexity of plain text after training over before, a row a task and method: the method's, plain fine-tuning's, and their ratio.
 
     measures: `perplexity_before` and `perplexity_after`, one value a task, method and seed. The interval (from, to) is
     Student's over seeds, on logarithms.
@@ -49,7 +49,7 @@ def forgetting(measures: pd.DataFrame) -> pd.DataFrame:
         index=["task", "method", "seed"], columns="measure", values="measured").reset_index()
     wide = wide.assign(growth=np.log(wide["perplexity_after"] / wide["perplexity_before"]))
     found = paired_differences(wide, "growth", by=["task"], method="")
-    names = {"method_estimate": "perplexity grows by", "baseline_estimate": "fine-tuning", "estimate": "ratio",
+    names = {"method_estimate": "perplexity, after over before", "baseline_estimate": "fine-tuning", "estimate": "ratio",
              "low": "from", "high": "to"}
     return found[["task", "method"]].join(np.exp(found[list(names)]).rename(columns=names)).join(found["n_seeds"])
 
