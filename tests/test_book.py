@@ -109,6 +109,11 @@ def test_the_readme_says_what_its_figure_shows():
             row = 100 * claims.loc[f"{task}: {asked}", ["estimate", "low", "high"]].astype(float)
             said = f"{row.estimate:+.1f} points (95 % interval {row.low:.1f} to {row.high:.1f})".replace("-", "−")
             assert said in readme
+    levels = {f"{each:.0%}".replace("%", " %") for column in ("method_estimate", "baseline_estimate")
+              for each in claims.loc[["WordNet inverse dictionary: accuracy", "SST sentiment: accuracy"], column]}
+    assert levels == {"11 %", "73 %"} and "both answer 11 % of the items in the inverse dictionary and 73 % in sentiment" in readme
+    counted = [claims.loc[f"{task}: {asked}", "n_items"] for task in ("WordNet inverse dictionary", "SST sentiment") for asked in ("synonyms 25 %", "pooling")]
+    assert "({} and {} in the inverse dictionary, {} and {} in sentiment)".format(*counted) in readme
     shown = claims.index[claims["outcome"] == "shown"].tolist()
     assert len(claims) == 12 and set(claims["outcome"]) == {"shown", "open"} and shown == ["WordNet inverse dictionary: performance preserved"]
     assert "**One of 12 claims is shown:** accuracy in the inverse dictionary is preserved within 2 points. The other 11 are open" in readme

@@ -636,9 +636,9 @@ def test_a_possessed_word_keeps_its_mark_and_others_are_replaced(text, changed):
     ("they terminate it", "end")])
 def test_a_word_of_the_text_is_not_introduced_again(text, allowed):
     source = {"terminate": ["end", "halt"], "terminates": ["ends", "halts"], "children": ["kids", "halt"], "kids": ["children", "halt"]}
-    for seed in range(4):
-        done = replace_synonyms(text, rate=1, seed=seed, source=lambda form, tag: source.get(form, []))
-        assert {change.after for change in done.changes} <= {"halt", "halts", allowed} and done.made
+    found = {change.after for seed in range(8) for change in replace_synonyms(
+        text, rate=1, seed=seed, source=lambda form, tag: source.get(form, [])).changes}
+    assert found == {"halt", allowed}
 
 
 

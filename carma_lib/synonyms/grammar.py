@@ -1,6 +1,8 @@
 """Which words grammar and fixed expressions hold in place, and which synonyms a place takes."""
 from __future__ import annotations
 
+from collections import Counter
+from functools import lru_cache
 from typing import Sequence
 
 from carma_lib.synonyms.tagging import Word, entry_of
@@ -105,8 +107,14 @@ def _lemmas(word: Word) -> tuple[str, ...]:
     return lemmas_of(entry_of(word.form), letter) if letter else ()
 
 
-def _spellings(form: str, letter: str) -> tuple[str, ...]:
-    return entry_of(form), *lemmas_of(entry_of(form), letter)
+def _spellings(form: str, letter: str) -> frozenset[str]:
+    return frozenset((entry_of(form), *lemmas_of(entry_of(form), letter)))
+
+
+@lru_cache(maxsize=64)
+def _times_held(words: tuple[Word, ...], letter: str) -> Counter[str]:
+    """In how many words of a text each form and lemma is found, read as one part of speech."""
+    return Counter(each for word in words for each in _spellings(word.form, letter))
 
 
 def _beside(words: Sequence[Word], place: int) -> tuple[Word, Word]:
@@ -120,8 +128,8 @@ def in_place(words: Sequence[Word], place: int, found: list[str]) -> list[str]:
     follows: an apostrophe (children's, kids'), an object, a preposition."""
     word, (before, after) = words[place], _beside(words, place)
     letter = part_of_speech_of(word.tag) or "n"
-    others = {form for i, each in enumerate(words) if i != place for form in _spellings(each.form, letter)}
-    found = [form for form in found if others.isdisjoint(_spellings(form, letter))]
+    held, own = _times_held(tuple(words), letter), _spellings(word.form, letter)
+    found = [form for form in found if not any(held[each] > (each in own) for each in _spellings(form, letter))]
     if after.form[:1] in ("'", "\u2019"):
         found = [form for form in found if form.endswith("s") == entry_of(word.form).endswith("s")]
     if part_of_speech_of(word.tag) != "v":

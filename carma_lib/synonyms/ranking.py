@@ -36,7 +36,7 @@ RULES = 6  # part of every cache key: raise it with any change of candidates or 
 TAIL = 12  # tokens after a candidate that are compared
 MOST = 5  # candidates of a word that are scored
 BLOCK = 100  # texts a cache file
-#: Weights of what speaks for a candidate; likelihoods are logarithms, kept in bounds. Fitted; see the module.
+#: The fitted weights of what speaks for a candidate. Likelihoods are logarithms, kept in bounds.
 WEIGHTS = {
     "candidate": 0.163,  # likelihood of the candidate in its place, from -15
     "word": -0.063,  # of the word in its place, from -15
@@ -47,7 +47,7 @@ WEIGHTS = {
     "word_share": 0.257,  # logarithm of the word's share of uses in the shared senses
     "candidate_share": 0.177,  # the same of the candidate
     "agreement": 0.775,  # product of both shares, 0 beside
-    "hypernym": -0.589,  # 1 if the candidate is one, or its sense is
+    "hypernym": -0.589,  # 1 if the candidate's sense is a hypernym of the word's
     "senses": -0.142,  # logarithm of 1 + the word's number of senses
     "word_tokens": 0.507,
     "candidate_tokens": 0.517,
