@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
 from transformers import PreTrainedTokenizerBase
 
 from carma_lib.words import constituent_ids, phrase_spans, word_spans
@@ -143,9 +144,13 @@ class Collator:
 
 
 def _tokenized(dataset: Dataset, tokenizer, level: str, function: Callable, **more) -> Dataset:
-    """`dataset.map` in memory: a cache on disk would outlive changes of these rules, and be trusted when damaged."""
+    """`dataset.map` in memory: a cache on disk would outlive changes of these rules, and be trusted when damaged.
+
+    Without a cache nothing asks for the fingerprint, whose making would write out the whole tokenizer at each call.
+    """
     return dataset.map(function, batched=True, with_indices=True, keep_in_memory=True, load_from_cache_file=False,
-                       fn_kwargs={"tokenizer": tokenizer, "level": level, **more}, desc="Tokenizing")
+                       new_fingerprint=generate_random_fingerprint(), desc="Tokenizing",
+                       fn_kwargs={"tokenizer": tokenizer, "level": level, **more})
 
 
 def _encode_targets(rows: dict[str, list], places: list[int], **settings) -> dict[str, list]:

@@ -185,7 +185,8 @@ def _prompts(folder: Path, task: str, split: str, level: str, first: int, texts:
              tokenizer: Any, prompt: Prompt, batch_size: int, source: _Rows) -> Prompts:
     rows = source.read()
     if texts is not None:
-        rows = rows.select(range(len(texts))).remove_columns(["text", "phrases"]).add_column("text", list(texts))
+        of_texts = rows.select(range(len(texts))).remove_columns("phrases")
+        rows = datasets.Dataset.from_dict({**of_texts.to_dict(), "text": list(texts)}, features=of_texts.features)
     elif first:
         rows = rows.select(range(min(first, len(rows))))
     return prompts_of(rows, tokenizer, prompt, level=level, answer=task_named(task).answer, batch_size=batch_size)

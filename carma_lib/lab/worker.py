@@ -1,6 +1,7 @@
 """What runs on a worker: the preparation of a task and start, and single cells, each attempt noted in its log."""
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -36,6 +37,13 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
+@functools.cache
+def _freeze() -> None:
+    """Once a process: what is loaded by now is not searched by the garbage collections with which every training ends."""
+    gc.collect()
+    gc.freeze()
+
+
 def prepare(folder: Path, cells: list[Cell], sharing: int, stage: Stage) -> None:
     """What cells of one task and start share: tokenizer, encoded rows, replaced texts; and whether a training fits.
 
@@ -67,6 +75,7 @@ def prepare_base(folder: Path, cell: Cell, *after: Any) -> None:
 def run_cell(folder: Path, cell: Cell, stage: Stage, *after: Any) -> None:
     """Train a cell, and for the stage "tested" test it, unless that is done. after: what must have ended before."""
     quiet()
+    _freeze()
     own, started = cell_folder(folder, cell), time.monotonic()
     with locked(own / "lock", wait=-1):  # a scheduler may believe lost who is still at work
         if is_done(folder, cell, stage):

@@ -178,9 +178,8 @@ def replaced_rows(rows: Dataset, *, source: Source = "wordnet", rate: float, see
     """
     replaced = replace_all(rows["text"], rate=rate, seed=seed, item_ids=rows["item_id"], source=source,
                            forbidden=forbidden, cache_dir=cache_dir)
-    changed = rows.remove_columns(["text", "phrases"]).add_column("text", [each.text for each in replaced])
-    return changed.add_column("phrases", [[] for _ in replaced], feature=rows.features["phrases"]), \
-        [each.made for each in replaced]
+    changed = {**rows.to_dict(), "text": [each.text for each in replaced], "phrases": [[] for _ in replaced]}
+    return type(rows).from_dict(changed, features=rows.features), [each.made for each in replaced]
 
 
 def with_synonym_copies(rows: Dataset, *, source: Source = "wordnet", rate: float,
@@ -189,7 +188,7 @@ def with_synonym_copies(rows: Dataset, *, source: Source = "wordnet", rate: floa
     from datasets import concatenate_datasets
 
     copies, _ = replaced_rows(rows, source=source, rate=rate, seed=0, forbidden=forbidden, cache_dir=cache_dir)
-    return concatenate_datasets([rows, copies.select_columns(rows.column_names)])
+    return concatenate_datasets([rows, copies])
 
 
 def worst_replacements(texts: Sequence[str], *, seeds: Iterable[int], score: Callable[[list[str]], Sequence[float]],
