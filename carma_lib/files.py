@@ -125,7 +125,7 @@ def reading(path: Path | str, way_out: str = _WAY_OUT) -> Iterator[None]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key is written once, and only decimal digits are a whole number (not 12:00:00 or 010)."""
+    """Safe YAML in which a key is written once, only decimal digits are a whole number (not 12:00:00 or 010), and 6e-5 is a number."""
 
     yaml_implicit_resolvers = {first: [(tag, rule) for tag, rule in rules if not tag.endswith(":int")]
                                for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -140,6 +140,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 
 

@@ -19,7 +19,7 @@ from carma_lib.lab.cell import Cell
 from carma_lib.lab.recipe import SMALL_STARTS, Recipe, Testing, Training, recipe_for
 from carma_lib.lab.study import read_study
 from carma_lib.methods import METHODS
-from carma_lib.models import load_config
+from carma_lib.models import load_config, pretrained
 from carma_lib.pooling import PROTOCOLS
 from carma_lib.stats.claims import check_plan, claims_for
 from carma_lib.tasks import task_named
@@ -221,7 +221,7 @@ def _check_values(parameters: dict[str, dict[str, Any]]) -> None:
         for name, values in parameters.items():
             for setting, value in values.items():
                 _check_value(setting, value)
-            if name != "02_finetune" and values.get("start", "random") not in SMALL_STARTS:
+            if name != "02_finetune" and values.get("start", "random") not in (*SMALL_STARTS, *pretrained.names()):
                 load_config(values["start"])
             if "plan" in values and "changes" in values:
                 given = repr((values["plan"], values["changes"]))  # several notebooks read one study

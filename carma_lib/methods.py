@@ -74,8 +74,8 @@ def make_trainer(method: str, model: nn.Module, arguments: TrainingArguments, *,
     """The trainer of a method for rows with `target_id` or `labels`, ready to `train()`.
 
     strength: the method's main hyperparameter, None for its default. Rows of `synonym_augmentation` hold the copies
-    already. A batch of `r_drop` has half as many items, each passed twice, so that every method's step costs the same.
-    The logged `task_loss` is the cross-entropy alone. `ValueError` for an unknown method, "untuned", or a strength
+    already. A batch of `r_drop` has half as many items (at least one), each passed twice, so that every method's step costs
+    the same. `task_loss`, logged where something is added to it, is the cross-entropy alone. `ValueError` for an unknown method, "untuned", or a strength
     that is not above 0.
     """
     if check_method(method) == "untuned":
@@ -147,6 +147,8 @@ class RDropTrainer(PenaltyTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def penalty(self, model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+        if not len(targets):  # nothing is learned of this batch, and nothing has no mean
+            return logits.sum()
         first, second = logits.log_softmax(-1).chunk(2)
         return self.strength / 4 * (F.kl_div(first, second, log_target=True, reduction="batchmean")
                                     + F.kl_div(second, first, log_target=True, reduction="batchmean"))
@@ -156,6 +158,8 @@ class LabelSmoothingTrainer(PenaltyTrainer):
     """L = (1 − ε) CE + ε · mean over the vocabulary of −log p, `strength` being ε (arXiv 1512.00567, section 7)."""
 
     def penalty(self, model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+        if not len(targets):
+            return logits.sum()
         return self.strength * (-logits.log_softmax(-1).mean() - F.cross_entropy(logits, targets))
 
 

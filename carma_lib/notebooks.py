@@ -24,14 +24,14 @@ from carma_lib.manifest import MANIFEST, Notebook, Plan, make_plan, project_root
 __all__ = ["check_run_folder", "execute", "project_root", "publish", "run_folder", "tidy_notebook", "versions"]
 
 #: What a run folder holds beside what the manifest names.
-_OURS = {"lock", "status.json", "notebooks", "data", "cells", "starts", "cache", "tables", "figures", "study", "study_work",
+_OURS = {"lock", "status.json", "notebooks", "data", "cells", "starts", "cache", "tables", "figures", "study", "study_work", "pretrained", "pretrained_work",
          "report.html"}
 
 
 def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
     """Run the plan and return the report's path; raises `RunError` at the first failure.
 
-    resume: skip the notebooks that are done with the same parameters and code.
+    resume: skip the notebooks that are done with the same parameters and code, from the same files.
     fresh: throw away what an earlier run left in the folder.
     """
     from carma_lib.report.page import write_report
@@ -39,14 +39,17 @@ def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
     with locked(plan.run_dir / "lock", busy=f"{plan.run_dir} is in use by another run; wait for it, or give another --run-dir"):
         status = _open_status(plan, resume=resume, fresh=fresh)
         remove_partial(plan.run_dir)
+        again: set[str] = set()  # what notebooks have made in this call: those that need it run too
         for number, notebook in enumerate(plan.notebooks, start=1):
             entry = status["notebooks"][notebook.name]
             label = f"[{number}/{len(plan.notebooks)}] {notebook.name}"
-            if entry["state"] == "done" and _makes_present(plan, notebook) and _as_made(plan.run_dir, entry):
+            if (entry["state"] == "done" and not again & set(notebook.needs) and _makes_present(plan, notebook)
+                    and _as_made(plan.run_dir, entry)):
                 print(f"{label}: done before, skipped", flush=True)
                 continue
             print(f"{label}: running", flush=True)
             _run_one(plan, notebook, status)
+            again |= set(notebook.makes)
             print(f"{label}: done in {entry['seconds']:.0f} s", flush=True)
         copies = [plan.run_dir / "notebooks" / f"{notebook.name}.ipynb" for notebook in plan.notebooks]
         return write_report(plan.run_dir, notebooks=copies, title=f"CARMA: profile {plan.profile}")

@@ -37,8 +37,8 @@ class CarmaMixin:
     padded on the left: L_task is the cross-entropy of that token after the last position, evaluation adds `accuracy`
     and `task_loss`, means over rows, and `predict` gives (predicted ids, cross-entropies).
 
-    The terms are means over a micro-batch, whatever the accumulation and the number of processes. Training logs add
-    `task_loss`, `mutual_information`, `stability` and `weighted_…`, the shares that add up to `loss`. Evaluation
+    The terms are means over a micro-batch, whatever the accumulation and the number of processes. Training logs add,
+    with λ > 0, `task_loss`, `mutual_information`, `stability` and `weighted_…`, the shares that add up to `loss`. Evaluation
     computes no term. A step with λ > 0 reads from the device once, one with λ = 0 never.
 
     Args:
@@ -48,7 +48,8 @@ class CarmaMixin:
         TypeError: λ > 0 and the model is an encoder, or its blocks hand on no stream that can be read.
         ValueError: layers that do not exist; several GPUs in one process; no tokenizer and no `constituent_ids`;
             rows longer than the model's table of positions; hidden states or, with λ > 0, a loss that is not finite;
-            single-answer rows that are padded right or, at the next log, have a loss that is not finite.
+            single-answer rows that are padded right or, at the next log or the end of an evaluation, have a loss
+            that is not finite.
     """
 
     def __init__(self, *args, carma: CarmaConfig | None = None, **kwargs) -> None:
@@ -134,6 +135,7 @@ class CarmaMixin:
         """As in the base trainer, with `accuracy` and `task_loss` where rows have a single answer."""
         self._carma_answers: list[Tensor] = []
         output = super().evaluation_loop(*args, **kwargs)
+        self._carma_check_waiting()
         if self._carma_answers:
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
             means = torch.cat(self._carma_answers, dim=1).mean(dim=1).tolist()
@@ -159,9 +161,7 @@ class CarmaMixin:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add what was recorded, averaged over processes and the steps since the last log, to training logs."""
-        unchecked, self._carma_unchecked = self._carma_unchecked, None
-        if unchecked is not None:
-            self._carma_check(*unchecked.tolist())
+        self._carma_check_waiting()
         if "loss" in logs and self._carma_tally:
             weighted = self._carma_tally.get("weighted_task_loss", (0, 0))[1]  # steps; one without a term has 0 of it
             means = torch.stack([total / (weighted if name.startswith("weighted_") else steps)
@@ -190,9 +190,15 @@ class CarmaMixin:
         mask = inputs.get("attention_mask")
         self._carma_misplaced = [] if mask is None else [(mask[:, -1] == 0).any()]
         if not (self._carma_weighted() and model.training):  # looked at with the next log
-            found = torch.stack([loss.detach(), *(each.to(loss.dtype) for each in self._carma_misplaced)])
+            misplaced = self._carma_misplaced[0] if self._carma_misplaced else torch.zeros_like(loss)
+            found = torch.stack([loss.detach(), misplaced.to(loss.dtype)])
             self._carma_unchecked = found if self._carma_unchecked is None else self._carma_unchecked + found
         return (loss, outputs) if return_outputs else loss
+
+    def _carma_check_waiting(self) -> None:
+        unchecked, self._carma_unchecked = self._carma_unchecked, None
+        if unchecked is not None:
+            self._carma_check(*unchecked.tolist())
 
     def _carma_check(self, loss: float, misplaced: float = 0.0) -> None:
         if misplaced:
@@ -255,8 +261,8 @@ class CarmaMixin:
 
 
 class CarmaTrainer(CarmaMixin, Trainer):
-    """`transformers.Trainer` with CARMA: see `CarmaMixin`. Without a collator, rows that hold `constituent_ids` or
-    `target_id` are padded by `carma_lib.collate.Collator`, others as `Trainer` does."""
+    """`transformers.Trainer` with CARMA: see `CarmaMixin`. Given a tokenizer as `processing_class` and no collator,
+    rows that hold `constituent_ids` or `target_id` are padded by `carma_lib.collate.Collator`, others as `Trainer` does."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

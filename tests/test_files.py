@@ -250,7 +250,8 @@ def test_code_fingerprint_reads_every_module_of_the_package():
 
 @pytest.mark.parametrize(("text", "value"), [
     ("walltime: 12:00:00", {"walltime": "12:00:00"}), ("seeds: [010, 1:30, 7, -1, 1_000, 0]", {"seeds": ["010", "1:30", 7, -1, 1000, 0]}),
-    ("a: &x {b: 1}\nc: {<<: *x, b: 2}", {"a": {"b": 1}, "c": {"b": 2}}), ("rate: 0.5\nlow: 1.0e-3\nyes: true", {"rate": 0.5, "low": 1e-3, True: True})])
+    ("a: &x {b: 1}\nc: {<<: *x, b: 2}", {"a": {"b": 1}, "c": {"b": 2}}), ("rate: 0.5\nlow: 1.0e-3\nyes: true", {"rate": 0.5, "low": 1e-3, True: True}),
+    ("rates: [6e-5, 1E3, -2.5e+2, 1e, e5, 6e-5x]", {"rates": [6e-5, 1000.0, -250.0, "1e", "e5", "6e-5x"]})])
 def test_yaml_holds_what_it_says(text, value):
     assert parse_yaml(text) == value
 

@@ -10,6 +10,7 @@ from carma_lib.files import code_fingerprint
 from carma_lib.lab import cell as cells
 from carma_lib.lab.cell import Cell, training_mark, testing_mark as mark_of_tests
 from carma_lib.lab.recipe import Recipe, recipe_for
+from carma_lib.lab.worker import prepare
 from carma_lib.models import ModelNotFound, small_model, train_tokenizer
 from carma_lib.tasks import DataNotFound, build_task
 
@@ -226,3 +227,22 @@ def test_names_and_places_are_for_people():
     assert cell.place.parts[:3] == (SENTIMENT, "llama-2x16", "carma") and cell.place.name == f"seed-1-{cell.key}"
     changed = Cell(SENTIMENT, "carma", 1, RECIPE, change=("temperature", "0.5"))
     assert changed.name.endswith("carma temperature=0.5/seed-1") and list(changed.facts()) == list(cells.FACTS)
+
+
+def test_a_value_for_a_kind_of_task_that_there_is_not_is_refused(start):
+    refused(lambda: recipe_for("sentiment", {"start": start, "learning_rate": {"sentimant": 1e-4}}),
+            "learning_rate has a value for 'sentimant', which is no kind of task; there are inverse_dictionary, sentiment, own")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(warmup_steps=9), "warmup_steps is 9, longer than the training of 8 steps: 64 training rows, epochs=1"),
+    (dict(test_at=(4, 9)), "test_at names step 9, the training ends at 8: 64 training rows")])
+def test_epochs_too_short_for_what_is_asked_are_told_before_the_training(folder, changes, message):
+    cell = cell_of(steps=None, epochs=1, **changes)
+    refused(lambda: prepare(folder, [cell], 1, "trained"), message)
+
+
+@pytest.mark.parametrize("changes", [dict(start="base"), dict(width=32), dict(vocabulary_size=300), dict(base_steps=7),
+                                     dict(tokenizer_tasks=("controlled_inverse_dictionary",)), dict(precision="float32")])
+def test_starts_that_differ_are_told_apart(changes):
+    assert RECIPE.but(**changes).start_mark() != RECIPE.start_mark() == RECIPE.but(learning_rate=0.5, test_items=3).start_mark()

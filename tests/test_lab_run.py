@@ -18,13 +18,16 @@ from carma_lib.__main__ import SWEEP_EPILOG, build_parser, main
 from carma_lib.files import RunError, read_json
 from carma_lib.lab.cell import cell_folder, read_plan, save_plan
 from carma_lib.lab.cluster import local_client, read_slurm
+from carma_lib.lab.evaluate import split_prompts
 from carma_lib.lab.estimate import estimate
 from carma_lib.lab.plan import read_sweep
 from carma_lib.lab.run import CellFailed, _share, run
+from carma_lib.lab.start import rows_of, training_rows
 from carma_lib.lab.sweep import Where, plan_text, run_sweep
 from carma_lib.lab.tables import pack, read_cells, trained_again
 from carma_lib.lab.worker import attempts
 from carma_lib.stats.table import read_results
+from carma_lib.tasks import build_task
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["cell", "split", "item_id", "budget", "condition", "rate", "start_layer", "protocol", "level", "prediction", "correct",
@@ -123,6 +126,35 @@ def test_the_first_failure_stops_or_is_collected_and_is_tried_again(folder, clie
     assert not (cell_folder(folder, bad) / "failure.txt").exists()
 
 
+def test_a_training_that_does_not_fit_stops_no_other(folder, client):
+    small, large = cell_of(), cell_of(batch_size=2**24)
+    for cells in ([small, large], [large, small]):
+        failed = run(cells, folder, client, errors="collect")
+        assert list(failed) == [large] and "GiB" in failed[large]
+
+
+def test_a_model_that_is_not_kept_cannot_be_tested_later(folder, client):
+    with pytest.raises(ValueError, match="carma/seed-1 has keep_model=False, so nothing would be left to test"):
+        run([cell_of(keep_model=False)], folder, client, stage="trained")
+
+
+def test_an_archive_in_the_run_folder_holds_the_cells_that_are_asked_for(trained_run, folder, client):
+    for steps in (6, 4):
+        cells = [cell_of("fine_tuning", steps=steps, seed=2**32 - 1)]
+        run(cells, folder, client, collect=lambda: pack(folder, cells, folder))
+    results = pd.read_parquet(folder / "results.parquet")
+    assert set(results.cell) == {cells[0].key} and set(results.seed) == {2**32 - 1}
+
+
+def test_memory_of_data_ends_with_the_data(folder):
+    """A worker, or a kernel, may live longer than the data of a run folder."""
+    before = training_rows(folder, cell_of()), rows_of(folder, SENTIMENT)["test_seen"]["text"][:]
+    build_task(SENTIMENT, folder / "data" / SENTIMENT, seed=7)
+    after = training_rows(folder, cell_of()), rows_of(folder, SENTIMENT)["test_seen"]["text"][:]
+    assert before[0] != after[0] and before[1] != after[1]
+    assert list(split_prompts(folder, cell_of(), "test_seen").item_ids) == list(rows_of(folder, SENTIMENT)["test_seen"]["item_id"][:12])
+
+
 def test_cells_are_made_in_their_order(folder, client):
     """The first that a worker gets may be any, since all become ready at once."""
     cells = [cell_of("untuned", seed=seed) for seed in (7, 3, 9, 1, 8, 2, 6, 4)]
@@ -174,15 +206,19 @@ def test_cells_trained_again_are_set_beside_the_archive(trained_run, tmp_path):
         trained_again(cells, trained_run, archive)
 
 
-def test_the_progress_of_a_cell_never_goes_back(trained_run, folder):
+def test_the_progress_of_a_cell_never_goes_back(trained_run, folder, client, capsys):
     cell = cell_of("carma")
     work = cell_folder(folder, cell) / "work"
     shown = [_share(folder, cell)]
     work.mkdir(parents=True)
-    for step in ("", "3", "6"):
+    for step in ("", "3 6", "6 6"):
         (work / "step").write_text(step)
         shown.append(_share(folder, cell))
-    assert shown == [0, 0, 0.45, 0.9] and _share(trained_run, cell) == 0.9, "tests are the last tenth"
+    assert shown == [0, 0, 0.45, 0.9] and _share(trained_run, cell) == 0, "tests are the last tenth"
+    (work / "step").write_text("6 6")
+    assert run([cell], folder, client) == {}, "what a killed run left there is not counted"
+    drawn = [float(part) for part in re.findall(r"([\d.]+)/1 ", capsys.readouterr().err)]
+    assert drawn == sorted(drawn) and drawn[0] == 0 and drawn[-1] == 1
 
 
 def test_the_second_run_in_a_folder_is_refused(folder):
@@ -294,3 +330,9 @@ def test_a_dry_run_of_a_sweep_does_nothing(tmp_path, capsys):
     assert "4 cells: 0 done, 4 open; 2 local processes" in capsys.readouterr().out and not (tmp_path / "run").exists()
     assert main(["sweep", str(sweep_file(tmp_path)), "--scheduler", "tcp://127.0.0.1:1"]) == 1
     assert "no Dask scheduler answers at tcp://127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_data_that_a_file_does_not_speak_of_are_the_usual_ones(tmp_path):
+    """Also where an earlier form of the file asked for others, so that what it says is what is made."""
+    assert read_sweep(sweep_file(tmp_path, data={SENTIMENT: {"seed": 7}})).data == {SENTIMENT: {"seed": 7}}
+    assert read_sweep(sweep_file(tmp_path)).data == {SENTIMENT: {}}

@@ -172,3 +172,12 @@ def test_the_logged_task_loss_holds_no_penalty(rows, tmp_path, method, labels):
     for entry in made.state.log_history[:3]:
         assert entry["loss"] == pytest.approx(entry["task_loss"] + entry["penalty"], rel=1e-4)
     assert made.state.log_history[2]["penalty"] > 0
+
+
+@pytest.mark.parametrize("method", ["r_drop", "label_smoothing"])
+def test_a_batch_of_which_nothing_is_learned_has_no_penalty(rows, tmp_path, method):
+    made = trainer(tmp_path, rows, method, strength=0.5)
+    logits = torch.ones(4, 5, requires_grad=True)
+    penalty = made.penalty(made.model, logits[:0], torch.zeros(0, dtype=torch.long))
+    penalty.backward()
+    assert penalty == 0 and not logits.grad.any()

@@ -103,6 +103,12 @@ def test_splits_phrases_and_numbers_of_groups_that_are_given(tmp_path):
         assert [row["text"][start:end] for start, end in row["phrases"]] == ["the bird", "sings"]
 
 
+def test_the_first_held_out_items_of_a_sorted_file_are_like_all(tmp_path):
+    splits, targets = ["train"] * 20 + ["validation"] * 30 + ["test"] * 10, ["no"] * 35 + ["yes"] * 25
+    rows = build_task(str(write(tmp_path / "a.csv", split=splits, target=targets)), tmp_path / "task")
+    assert set(rows["validation"]["target"][:10]) == {"no", "yes"} and rows["train"]["target"][:] == ["no"] * 20
+
+
 def test_rows_that_repeat_are_left_out_and_counted(tmp_path):
     rows = build_task(str(write(tmp_path / "a.csv", [*ROWS, *ROWS[:5]])), tmp_path / "task")
     assert sum(map(len, rows.values())) == 60 and read_card(tmp_path / "task")["facts"]["repeated_rows_left_out"] == 5

@@ -137,6 +137,9 @@ def test_run_resume_and_publish(project, capsys):
     assert main(["run", "--resume"]) == 0
     out = capsys.readouterr().out
     assert "01_first: done before, skipped" in out and "02_second: done in" in out
+    (run / "made.txt").unlink()
+    assert main(["run", "--resume"]) == 0
+    assert "02_second: done in" in capsys.readouterr().out, "what is made from another file is made again with it"
 
     assert main(["publish"]) == 0
     published = nbformat.read(project / "notebooks" / "01_first.ipynb", as_version=4)

@@ -1,24 +1,28 @@
 """Synonym replacement: rates, seeds, places, inflection, articles, adversary, cache, quality."""
+import copy
 import functools
 import math
 import os
+import pickle
 import subprocess
 import sys
 import unicodedata
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from carma_lib.synonyms import replacement as perturbation
 from carma_lib.synonyms.articles import indefinite_article
 from carma_lib.synonyms.wordnet import (
     FUNCTION_WORDS, definition_pairs, is_coarse, lemmas_of, sense_counts, synonym_forms)
 from carma_lib.synonyms.replacement import (
-    Change, Replacement, replace_all, replace_synonyms, shift_spans, worst_replacements)
+    Change, Replacement, replace_all, replace_synonyms, replaced_rows, shift_spans, worst_replacements)
 from carma_lib.synonyms.quality import (
     first_lemma_of_any_sense, mark_changes, quality_table, replacement_quality)
 from carma_lib.synonyms.grammar import fixed_words
 from carma_lib.synonyms.tagging import is_content, tagged_words
+from carma_lib.tasks import FEATURES
 from carma_lib.tasks.controlled.lexicon import controlled_synonyms
 
 SENTENCES = [
@@ -655,3 +659,18 @@ def test_a_forbidden_word_in_another_spelling_is_forbidden(forbidden, source):
     text = f"the {next(iter(source))} house"
     assert replace_synonyms(text, rate=1, seed=0, forbidden=forbidden, source=source).text == text
     assert replace_synonyms(text, rate=1, seed=0, source=source).text != text
+
+
+def test_a_replacement_is_copied_whole():
+    found = replace_synonyms("A big house stands near an old river.", rate=0.4, seed=0, source=controlled_synonyms())
+    for other in (copy.copy(found), copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert other == found and (other.requested, other.made) == (found.requested, found.made) and other.requested > 0
+
+
+def test_phrases_of_rows_move_with_their_words():
+    source = {"big": ["enormous"], "river": ["stream"]}
+    text, phrases = "a big house near the river", [[0, 11], [17, 26]]
+    rows = Dataset.from_list([{"item_id": "1", "text": text, "target": "x", "phrases": phrases, "group": ""}], features=FEATURES)
+    changed, made = replaced_rows(rows, source=source, rate=1.0, seed=0)
+    row = changed[0]
+    assert made == [2] and [row["text"][start:end] for start, end in row["phrases"]] == ["an enormous house", "the stream"]

@@ -14,10 +14,11 @@ from statsmodels.stats.power import TTestPower
 from carma_lib.stats import inference
 from carma_lib.stats import metrics as statistics
 from carma_lib.stats.claims import check_plan, default_claims, power_table, primary_comparisons
-from carma_lib.stats.curves import clustered_slope, still_rising
+from carma_lib.stats.curves import clustered_slope, paired_differences, still_rising
 from carma_lib.stats.inference import NotComparable
 from carma_lib.stats.intervals import critical_value, crossed_interval, cv_interval, tail_probability
-from carma_lib.stats.table import ResultsError, at_the_end, check_results, read_results
+from carma_lib.stats.study import counted_claims
+from carma_lib.stats.table import ResultsError, at_the_end, check_results, read_results, select
 
 def accuracy(table):
     return statistics.summarise(table, "accuracy")
@@ -735,3 +736,34 @@ def test_a_claim_of_numbers_that_are_not_finite_names_the_method():
     rows = primary_comparisons(table, [{**claim, "name": name, "metric": name} for name in ("accuracy", "mean_log_probability")])
     assert list(rows["outcome"] == "not tested") == [False, True] and not rows["note"].iloc[0]
     assert rows["note"].iloc[1] == "carma has answers whose mean_log_probability is not finite: look at their models' logits"
+
+
+def test_an_adversary_beside_drawn_synonyms_stays_out_of_the_synonyms_claim():
+    """It may have their rate, or one below it."""
+    drawn = made_results(rates=(0.25,))
+    for rate in (0.25, 0.1):
+        worst = drawn[drawn.condition == "replaced"].assign(source="adversary", rate=rate, correct=False, rank=2)
+        both = check_results(pd.concat([drawn, worst], ignore_index=True))
+        claims = [default_claims(results, questions=["synonyms"]) for results in (drawn, both)]
+        found = [primary_comparisons(*of) for of in zip((drawn, both), claims)]
+        assert found[0].estimate[0] == found[1].estimate[0] and (found[1].source == "controlled").all()
+
+
+def test_differences_of_several_values_a_seed_are_refused():
+    table = pd.DataFrame([{"task": "t", "method": method, "seed": seed, "budget": budget, "value": seed + budget}
+                          for method in ("carma", "fine_tuning") for seed in (1, 2) for budget in (10, 20)])
+    assert len(paired_differences(table, "value", by=["task", "budget"])) == 2
+    with pytest.raises(ValueError, match="several values of one method and seed, told apart by none of \\['task'\\]"):
+        paired_differences(table, "value", by=["task"])
+
+
+def test_a_claim_without_an_estimate_is_in_nobodys_favour():
+    families = pd.DataFrame({"start": "base", "name": "t: spread", "kind": ["cv ratio"] * 4 + ["difference"] * 2, "margin": np.nan,
+                             "estimate": [0.9, 1.0, 1.1, np.nan, 0.1, np.nan], "low": np.nan, "high": np.nan, "outcome": "open"})
+    counted = counted_claims(families)
+    assert counted["tests"].item() == 6 and counted["in favour"].item() == 2
+
+
+def test_any_of_several_floats_is_taken_up_to_rounding():
+    table = pd.DataFrame({"rate": [0.1 + 0.2, 0.25, 0.4], "seed": [1, 2, 3]})
+    assert list(select(table, rate=[0.3, 0.4]).seed) == [1, 3] and list(select(table, rate=0.3, seed=(1, 2)).seed) == [1]

@@ -784,6 +784,8 @@ def test_bad_batches_stop_before_a_step(tmp_path):
         tiny_model("gpt2"), arguments(tmp_path), carma=CARMA, train_dataset=rows, data_collator=pad_right
     )
     with pytest.raises(ValueError, match="padded on the left"):
+        trainer.predict(rows)
+    with pytest.raises(ValueError, match="padded on the left"):
         trainer.train()
 
 

@@ -18,7 +18,7 @@ import torch
 
 from carma_lib.collate import Collator, answerable, encode
 from carma_lib.lab.cell import Cell
-from carma_lib.lab.start import depth_of, model_name, prompt_of, rows_of, tokenizer_of
+from carma_lib.lab.start import content_of, depth_of, model_name, prompt_of, rows_of, tokenizer_of
 from carma_lib.models import Prompt
 from carma_lib.pooling import PROTOCOLS, pooling_grid, start_layers_from_depth
 from carma_lib.synonyms.replacement import replaced_rows, worst_replacements
@@ -147,11 +147,12 @@ def asked_rows(folder: Path, cell: Cell, split: str) -> datasets.Dataset:
     recipe = cell.recipe
     limit = recipe.validation_items if split == "validation" else recipe.test_items
     free = recipe.small or task_named(cell.task).answer == "text"
-    return _asked_rows(folder, cell.task, split, limit, None if free else tokenizer_of(folder, cell), prompt_of(cell.task, recipe))
+    return _asked_rows(folder, cell.task, split, limit, None if free else tokenizer_of(folder, cell), prompt_of(cell.task, recipe),
+                       content_of(folder, cell.task))
 
 
 @lru_cache(maxsize=64)
-def _asked_rows(folder: Path, task: str, split: str, limit: int, tokenizer: Any, prompt: Prompt) -> datasets.Dataset:
+def _asked_rows(folder: Path, task: str, split: str, limit: int, tokenizer: Any, prompt: Prompt, content: str) -> datasets.Dataset:
     rows = rows_of(folder, task)[split]
     if tokenizer is not None:
         return answerable(rows, tokenizer, prompt, limit=limit or None)
@@ -171,7 +172,8 @@ class _Rows:
     def __init__(self, folder: Path, cell: Cell, split: str) -> None:
         recipe = cell.recipe
         self.read = lambda: asked_rows(folder, cell, split)
-        self._key = (recipe.small, recipe.validation_items if split == "validation" else recipe.test_items)
+        self._key = (recipe.small, recipe.validation_items if split == "validation" else recipe.test_items,
+                     content_of(folder, cell.task))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Rows) and self._key == other._key
@@ -245,7 +247,7 @@ def finish(folder: Path, cell: Cell, tables: Sequence[pd.DataFrame]) -> pd.DataF
     table = pd.concat([part for part in tables if len(part)], ignore_index=True).assign(
         task=cell.task, method=cell.method, seed=cell.seed, model=model_name(cell.recipe), start=cell.recipe.start,
         cell=cell.key)
-    whole = {name: np.int32 for name in ("seed", "budget", "changed", "rank")} | {"start_layer": np.int16}
+    whole = {"seed": np.int64, **dict.fromkeys(("budget", "changed", "rank"), np.int32), "start_layer": np.int16}
     return table.astype({name: kind for name, kind in whole.items()}).assign(
         rate=table["rate"].round(4), depth_share=table["depth_share"].round(4),
         log_probability=table["log_probability"].round(2).astype("float32"),

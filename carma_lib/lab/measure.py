@@ -15,7 +15,7 @@ from carma_lib.lab.evaluate import asked_rows, split_prompts
 from carma_lib.lab.mechanism import (additive_structure, final_states, part_matrix, read_out_accuracy,
                                      token_mutual_information)
 from carma_lib.lab.recipe import EXAMPLES
-from carma_lib.lab.start import rows_of, start_model, text_rows, tokenizer_of
+from carma_lib.lab.start import content_of, rows_of, start_model, text_rows, tokenizer_of
 from carma_lib.lab.train import measure
 from carma_lib.tasks.controlled.lexicon import controlled_synonyms
 from carma_lib.tasks.wordnet import example_sentences
@@ -54,9 +54,9 @@ _known_before: dict[tuple, list[dict[str, Any]]] = {}
 def _before(folder: Path, cell: Cell) -> list[dict[str, Any]]:
     """The measures of the start, the same for every method; random weights are told apart by their seed."""
     recipe = cell.recipe
-    start = (recipe.start, recipe.family, recipe.layers, recipe.width, recipe.heads, cell.seed) if recipe.small else (
-        recipe.start, 0 if recipe.has_pretrained_weights else cell.seed)
-    key = (folder, cell.task, start, recipe.testing_mark(), recipe.validation_items)
+    tasks = (cell.task, *recipe.tokenizer_tasks, *(name for name in recipe.plain_texts if name != EXAMPLES))
+    key = (folder, cell.task, *(content_of(folder, task) for task in tasks), recipe.start_mark(), recipe.testing_mark(),
+           0 if recipe.has_pretrained_weights else cell.seed, recipe.validation_items)
     if key not in _known_before:
         model = start_model(folder, cell)
         if torch.cuda.is_available():
@@ -104,7 +104,7 @@ _known_parts: dict[tuple, np.ndarray] = {}
 
 
 def _parts(folder: Path, cell: Cell) -> np.ndarray:
-    key = (folder, cell.task, cell.recipe.test_items)
+    key = (folder, cell.task, content_of(folder, cell.task), cell.recipe.test_items, tokenizer_of(folder, cell))
     if key not in _known_parts:
         texts = [text for split in ("test_seen", "test_held_out") for text in asked_rows(folder, cell, split)["text"]]
         _known_parts[key] = part_matrix(texts, controlled_synonyms())
@@ -117,12 +117,13 @@ _known_texts: dict[tuple, list[dict[str, torch.Tensor]]] = {}
 def _text_batches(folder: Path, cell: Cell, name: str) -> list[dict[str, torch.Tensor]]:
     """The plain texts of a name in `plain_texts`, or, for "", of every task that the tokenizer was made of."""
     tasks, tokenizer = cell.recipe.tokenizer_tasks or (cell.task,), tokenizer_of(folder, cell)
-    key = (folder, tasks, name, id(tokenizer))
+    of = () if name == EXAMPLES else (name,) if name else tasks
+    key = (name, *(content_of(folder, task) for task in of), tokenizer)
     if key not in _known_texts:
         if name == EXAMPLES:
             rows = encode_text(datasets.Dataset.from_dict({"text": example_sentences(TEXTS)}), tokenizer).to_list()
         else:
-            rows = text_rows(folder, (name,) if name else tasks, cell, "validation")
+            rows = text_rows(folder, of, cell, "validation")
             rows = rows[:TEXTS] if name else rows[::TEXT_STEP]
         rows, collate = sorted(rows, key=lambda row: len(row["input_ids"])), Collator(tokenizer)
         _known_texts[key] = [collate(rows[first:first + TEXT_BATCH]) for first in range(0, len(rows), TEXT_BATCH)]

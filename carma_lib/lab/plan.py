@@ -97,7 +97,7 @@ def _checked(file: Path, text: Any) -> Sweep:
     text = {**text, **{key: {} for key in KEYS if key not in NEEDED and text.get(key) is None}}
     data = _data(text["data"], given)
     files = {task: {"file": str(user_path(task).resolve())} for task in given if names[task] != task}
-    data = {names[task]: {**data.get(task, {}), **files.get(task, {})} for task in given if task in data or task in files}
+    data = {names[task]: {**data.get(task, {}), **files.get(task, {})} for task in given}
     models = [_model(entry, text, tasks) for entry in _listed(text, "models")]
     cells = tuple(Cell(task, method, seed, recipes[task])
                   for recipes, task, seed, method in itertools.product(models, tasks, seeds, methods))

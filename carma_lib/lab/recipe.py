@@ -16,6 +16,7 @@ from carma_lib.models.table import settings_for
 from carma_lib.models import SMALL_FAMILIES, load_config, native_bf16
 from carma_lib.pooling import PROTOCOLS
 
+KINDS = ("inverse_dictionary", "sentiment", "own")  # of tasks
 SMALL_STARTS = ("random", "base")
 RANDOM = "random:"
 EXAMPLES = "wordnet_examples"
@@ -195,10 +196,8 @@ class Recipe(Training, Testing):
             raise ValueError(f"'{trained[0]}' is no test split; models are tested on splits that begin with 'test'")
         if self.test_splits and (absent := [name for name in self.changed_splits if name not in self.test_splits]):
             raise ValueError(f"changed_splits names '{absent[0]}', which test_splits leaves out: name it in both, or leave both empty")
-        if self.steps and self.test_at and max(self.test_at) > self.steps:
-            raise ValueError(f"test_at names step {max(self.test_at)}, the training ends at {self.steps}")
-        if self.steps and self.warmup_steps and self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}, longer than the training of {self.steps} steps")
+        if self.steps:
+            self.check_length(self.steps)
         if self.small:
             self.carma.for_depth(self.layers)
 
@@ -238,9 +237,21 @@ class Recipe(Training, Testing):
         """Steps of a training on so many rows: `steps`, or `epochs` passes, the last batch of each not full."""
         return self.epochs * math.ceil(rows / self.batch_size) if self.epochs else self.steps
 
+    def check_length(self, steps: int, why: str = "") -> None:
+        """`ValueError` for a training of so many steps that ends before its warm-up, or before a step of `test_at`."""
+        if self.test_at and max(self.test_at) > steps:
+            raise ValueError(f"test_at names step {max(self.test_at)}, the training ends at {steps}{why}")
+        if self.warmup_steps and self.warmup_steps > steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, longer than the training of {steps} steps{why}")
+
     def training_mark(self) -> str:
         """Changes when any setting of the training does."""
         return self._mark([name for name in Training.model_fields if name != "evaluations" or self.keep == "best"])
+
+    def start_mark(self) -> str:
+        """Changes when any setting does that the untuned model, its tokenizer or its precision may depend on."""
+        return self._mark(["start", "family", "layers", "width", "heads", "vocabulary_size", "tokenizer_tasks", "base_steps",
+                           "base_learning_rate", "batch_size", "warmup_steps", "precision", "adapter"])
 
     def testing_mark(self) -> str:
         """Changes when any setting of the tests does."""
@@ -282,9 +293,11 @@ def recipe_for(kind: str, settings: Mapping[str, Any], *, seeds: tuple[int, ...]
     """
     chosen = {name: value for name, value in settings.items() if not isinstance(value, Mapping)}
     chosen |= {name: value[kind] for name, value in settings.items() if isinstance(value, Mapping) and kind in value}
-    for name in settings:
+    for name, value in settings.items():
         if name not in Recipe.model_fields:
             Recipe(**{name: None})
+        if isinstance(value, Mapping) and (unknown := [of for of in value if of not in KINDS]):
+            raise ValueError(f"{name} has a value for '{unknown[0]}', which is no kind of task; there are {', '.join(KINDS)}")
     recipe = Recipe(**{name: value for name, value in chosen.items() if value is not None or name == "num_negatives"})
     gaps = [name for name in OPEN if getattr(recipe, name) is None]
     length_open = not (recipe.steps or recipe.epochs)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -16,9 +17,8 @@ from tqdm import tqdm
 
 from carma_lib.files import RunError, locked, remove_partial, write_json
 from carma_lib.lab.cell import Cell, cell_folder
-from carma_lib.lab.cluster import end_if_worker, local_client
+from carma_lib.lab.cluster import default_workers, end_if_worker, gpu_groups, local_client
 from carma_lib.lab.recipe import EXAMPLES
-from carma_lib.lab.start import steps_of
 from carma_lib.lab.study import Study, best_trials, chosen
 from carma_lib.lab.tables import in_archive, pack, read_cells
 from carma_lib.lab.worker import Stage, attempts, is_done, one_line, prepare, prepare_base, run_cell
@@ -33,16 +33,16 @@ class CellFailed(RuntimeError):
 
 
 def run(cells: Iterable[Cell], folder: Path, client: Client | None = None, *, workers: int | None = None,
-        stage: Stage = "tested", retries: int = 0, errors: Literal["stop", "collect"] = "stop", sharing: int = 1,
+        stage: Stage = "tested", retries: int = 0, errors: Literal["stop", "collect"] = "stop",
         data: Mapping[str, Mapping[str, Any]] | None = None, done: Callable[[Cell], bool] | None = None,
         collect: Callable[[], Any] | None = None) -> dict[Cell, str]:
     """Train and test every cell that is not done; the cells that have no result, each with one line why.
 
     client: of Dask, else `workers` processes of this machine are started. stage: "trained" stops before the tests.
     retries: further attempts of a cell that failed; one whose worker is lost runs again beside these. errors: "stop"
-    at the first cell that fails for good (`CellFailed`), or "collect" them. sharing: trainings at a time that share
-    a device, whose memory must hold them. data: a task → parameters of `build_task` for what is not built. done: of
-    a cell that has its result elsewhere. collect: called now and then, and at the end, to gather results so far.
+    at the first cell that fails for good (`CellFailed`), or "collect" them. data: a task → parameters of `build_task`;
+    of tasks that it does not name, data are taken as they were built. done: of a cell that has its result elsewhere.
+    collect: called now and then, and at the end, to gather results so far.
 
     `folder/cells/status.json` says how far every cell is. `RunError` if the folder is in use, a disk is full, or the
     connection to the workers is lost; what is done stays done, and the same call goes on from there.
@@ -50,6 +50,9 @@ def run(cells: Iterable[Cell], folder: Path, client: Client | None = None, *, wo
     cells = list(dict.fromkeys(cells))
     if retries < 0:
         raise ValueError(f"retries is {retries}; it must be at least 0")
+    if stage == "trained" and (lost := [cell for cell in cells if not cell.recipe.keep_model and not cell.untuned]):
+        raise ValueError(f"{lost[0].name} has keep_model=False, so nothing would be left to test later: train and test it in one run, "
+                         "or keep its model")
     end_if_worker()
     with locked(folder / "cells" / "lock", busy=f"{folder} is in use by another run; wait for it, or give another folder"):
         for task in dict.fromkeys(name for cell in cells for name in (
@@ -59,7 +62,10 @@ def run(cells: Iterable[Cell], folder: Path, client: Client | None = None, *, wo
             remove_partial(folder / part)
         book = _Book(folder, cells, stage, done or (lambda cell: False))
         if book.open:
-            with contextlib.nullcontext(client) if client else local_client(workers) as own:
+            gpus = max(cell.recipe.processes for cell in book.open)
+            workers = default_workers(gpus) if workers is None else workers
+            sharing = 1 if client else math.ceil(workers / max(1, len(gpu_groups(gpus))))
+            with contextlib.nullcontext(client) if client else local_client(workers, gpus_each=gpus) as own:
                 _drive(own, book, retries=retries, stop=errors == "stop", sharing=sharing, collect=collect)
         if collect:
             collect()
@@ -103,6 +109,10 @@ class _Book:
         self.folder, self.stage = folder, stage
         self.states = {cell: "done" if elsewhere(cell) or is_done(folder, cell, stage) else "open" for cell in cells}
         self.names, self.failed = names_of(cells), dict[Cell, str]()
+        for cell in self.open:  # what an attempt of an earlier run said
+            for file in ("failure.txt", "work/step"):
+                with contextlib.suppress(OSError):
+                    (cell_folder(folder, cell) / file).unlink()
         self.save()
 
     @property
@@ -112,8 +122,8 @@ class _Book:
     def put(self, cell: Cell, state: str, reason: str = "") -> None:
         self.states[cell] = state
         if state == "failed":
-            self.failed[cell] = reason
-            tqdm.write(f"{self.names[cell]} failed: {reason}\n  {cell_folder(self.folder, cell) / 'failure.txt'}")
+            self.failed[cell], more = reason, cell_folder(self.folder, cell) / "failure.txt"
+            tqdm.write(f"{self.names[cell]} failed: {reason}" + (f"\n  {more}" if more.is_file() else ""))
 
     def save(self) -> None:
         cells = {}
@@ -132,7 +142,7 @@ class _Book:
 def _drive(client: Client, book: _Book, *, retries: int, stop: bool, sharing: int, collect: Callable[[], Any] | None) -> None:
     cells = book.open
     flight = _submit(client, book, cells, retries=retries, sharing=sharing)
-    collected, pause = time.monotonic(), COLLECT_SECONDS
+    collected, pause, reached = time.monotonic(), COLLECT_SECONDS, dict.fromkeys(cells, 0.0)
     with tqdm(total=len(cells), unit="cell", desc=f"{len(cells)} cells", mininterval=1) as bar:
         try:
             while flight:
@@ -141,8 +151,8 @@ def _drive(client: Client, book: _Book, *, retries: int, stop: bool, sharing: in
                 ended = [future for future in flight if future.done()]
                 for future in ended:
                     _settle(book, flight.pop(future), future, stop=stop)
-                finished = len(cells) - len(flight)
-                bar.n = round(finished + sum(_share(book.folder, cell) for cell in flight.values()), 1)
+                reached |= {cell: max(reached[cell], _share(book.folder, cell)) for cell in flight.values()}
+                bar.n = round(len(cells) - len(flight) + sum(reached[cell] for cell in flight.values()), 1)
                 failed = f"{len(book.failed)} failed" if book.failed else ""
                 bar.set_postfix_str(failed, refresh=False)
                 bar.refresh()
@@ -164,22 +174,22 @@ def _submit(client: Client, book: _Book, cells: list[Cell], *, retries: int, sha
     """Every cell as a call that begins when what it shares with others is prepared."""
     folder, stage = book.folder, book.stage
     shared: dict[tuple, list[Cell]] = {}
-    for cell in cells:
+    for cell in cells:  # also with what a training's memory depends on, so that one that does not fit stops no other
         recipe = cell.recipe
-        start = (recipe.family, recipe.layers, recipe.width) if recipe.small else recipe.start
-        shared.setdefault((cell.task, start, recipe.training_items, recipe.testing_mark()), []).append(cell)
+        shared.setdefault((cell.task, recipe.start_mark(), recipe.testing_mark(), recipe.training_items, recipe.accumulation,
+                           recipe.processes, recipe.activation_checkpointing, recipe.lora_rank), []).append(cell)
     ready = {cell: client.submit(prepare, folder, group, min(sharing, len(group)), stage, pure=False, retries=retries)
              for group in shared.values() for cell in [group[0]]}
     first_of = {cell: group[0] for group in shared.values() for cell in group}
     bases: dict[tuple, Future] = {}
     for cell in cells:
         if cell.recipe.start == "base":
-            key = (cell.seed, cell.recipe.layers, cell.recipe.width, cell.recipe.tokenizer_tasks or cell.task)
+            key = (cell.seed, cell.recipe.start_mark(), cell.recipe.tokenizer_tasks or cell.task)
             if key not in bases:
                 bases[key] = client.submit(prepare_base, folder, cell, ready[first_of[cell]], pure=False, retries=retries)
     flight = {}
     for number, cell in enumerate(cells):  # in their order, which Dask would not keep by itself
-        key = (cell.seed, cell.recipe.layers, cell.recipe.width, cell.recipe.tokenizer_tasks or cell.task)
+        key = (cell.seed, cell.recipe.start_mark(), cell.recipe.tokenizer_tasks or cell.task)
         after = [ready[first_of[cell]], *([bases[key]] if cell.recipe.start == "base" else [])]
         flight[client.submit(run_cell, folder, cell, stage, *after, pure=False, retries=retries, priority=-number,
                              key=f"cell-{cell.key}-{time.monotonic_ns()}")] = cell
@@ -208,9 +218,9 @@ def _settle(book: _Book, cell: Cell, future: Future, *, stop: bool) -> None:
 
 
 def _share(folder: Path, cell: Cell) -> float:
-    """How much of a cell in work is done: its training's steps are nine tenths, its tests the rest."""
-    own = cell_folder(folder, cell)
+    """How much of a cell in work its training has done: the steps are nine tenths, the tests the rest."""
     try:
-        return 0.9 * min(1, int((own / "work" / "step").read_text(encoding="utf-8") or 0) / (steps_of(folder, cell) or 1))
-    except (OSError, ValueError, RunError):
-        return 0.9 if (own / "history.csv").is_file() else 0.0  # trained, and being tested
+        step, steps = (cell_folder(folder, cell) / "work" / "step").read_text(encoding="utf-8").split()
+        return 0.9 * int(step) / int(steps)
+    except (OSError, ValueError):
+        return 0.0

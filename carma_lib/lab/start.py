@@ -47,30 +47,39 @@ def prompt_of(task: str, recipe: Recipe) -> Prompt:
     return prompt_for(task_named(task).kind, family, pretrained=not recipe.small)
 
 
-@lru_cache(maxsize=32)
+def content_of(folder: Path, task: str) -> str:
+    """The checksum of a task's rows in a run folder: part of the key of whatever is kept of them in memory."""
+    return read_card(folder / "data" / task)["content"]
+
+
 def rows_of(folder: Path, task: str) -> datasets.DatasetDict:
     """The rows of a task of a run folder."""
+    return _rows_of(folder, task, content_of(folder, task))
+
+
+@lru_cache(maxsize=32)
+def _rows_of(folder: Path, task: str, content: str) -> datasets.DatasetDict:
     return load_task(folder / "data" / task)
 
 
 def tokenizer_of(folder: Path, cell: Cell) -> PreTrainedTokenizerFast:
     """The start's tokenizer; that of a small one is trained here at first use."""
-    recipe = cell.recipe
+    recipe, tasks = cell.recipe, cell.recipe.tokenizer_tasks or (cell.task,)
     return _pretrained_tokenizer(recipe.pretrained) if not recipe.small else _small_tokenizer(
-        folder, recipe.tokenizer_tasks or (cell.task,), recipe.vocabulary_size)
+        folder, tasks, recipe.vocabulary_size, _contents(folder, tasks))
 
 
 _pretrained_tokenizer = lru_cache(maxsize=8)(load_tokenizer)
 
 
-def _contents(folder: Path, tasks: tuple[str, ...]) -> list[str]:
-    return [read_card(folder / "data" / task)["content"] for task in tasks]
+def _contents(folder: Path, tasks: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(content_of(folder, task) for task in tasks)
 
 
 @lru_cache(maxsize=None)
-def _small_tokenizer(folder: Path, tasks: tuple[str, ...], vocabulary_size: int) -> PreTrainedTokenizerFast:
+def _small_tokenizer(folder: Path, tasks: tuple[str, ...], vocabulary_size: int, contents: tuple[str, ...]) -> PreTrainedTokenizerFast:
     """Byte-level BPE of the tasks' training prompts, with each of their answers as one token."""
-    own = folder / "starts" / f"tokenizer-{fingerprint(tasks, vocabulary_size, _contents(folder, tasks), TRAINING_RULES)}"
+    own = folder / "starts" / f"tokenizer-{fingerprint(tasks, vocabulary_size, contents, TRAINING_RULES)}"
     with locked(own.with_suffix(".lock"), wait=-1):
         if check_folder(own):
             texts, targets = [], set()
@@ -170,12 +179,13 @@ def training_rows(folder: Path, cell: Cell) -> list[dict[str, Any]]:
     """
     rate = (cell.strength or METHODS[cell.method].default) if cell.method == "synonym_augmentation" else None
     return _training_rows(folder, cell.task, cell.recipe.training_items, cell.recipe.level, rate,
-                          prompt_of(cell.task, cell.recipe), tokenizer_of(folder, cell), not cell.recipe.small)
+                          prompt_of(cell.task, cell.recipe), tokenizer_of(folder, cell), not cell.recipe.small,
+                          content_of(folder, cell.task))
 
 
 @lru_cache(maxsize=8)
 def _training_rows(folder: Path, task: str, number: int, level: str, rate: float | None, prompt: Prompt,
-                   tokenizer: PreTrainedTokenizerFast, drop: bool) -> list[dict[str, Any]]:
+                   tokenizer: PreTrainedTokenizerFast, drop: bool, content: str) -> list[dict[str, Any]]:
     rows = rows_of(folder, task)["train"]
     if number:
         rows = rows.shuffle(seed=0).select(range(min(number, len(rows))))
@@ -192,8 +202,10 @@ def answer_column(task: str) -> str:
 
 
 def steps_of(folder: Path, cell: Cell) -> int:
-    """Steps of a cell's training, as many for every method."""
+    """Steps of a cell's training, as many for every method. `ValueError` if epochs of its rows are too short for it."""
     if cell.untuned or cell.recipe.steps:
         return 0 if cell.untuned else cell.recipe.steps
-    rows = len(training_rows(folder, cell))
-    return cell.recipe.training_steps(rows // 2 if cell.method == "synonym_augmentation" else rows)
+    rows = len(training_rows(folder, cell)) // (2 if cell.method == "synonym_augmentation" else 1)
+    steps = cell.recipe.training_steps(rows)
+    cell.recipe.check_length(steps, f": {rows:,} training rows, epochs={cell.recipe.epochs}; lower it, or give steps")
+    return steps

@@ -1,14 +1,14 @@
 """A sweep from its file to its report: what it would do, its cells through `run`, one result table, one report."""
 from __future__ import annotations
 
-import math
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
 from carma_lib.lab.cell import Cell
-from carma_lib.lab.cluster import default_workers, gpu_groups, local_client, scheduler_client, slurm_client, slurm_cluster
+from carma_lib.lab.cluster import default_workers, gpu_groups, scheduler_client, slurm_client, slurm_cluster
 from carma_lib.lab.estimate import check_disk, describe, estimate
 from carma_lib.lab.plan import Sweep
 from carma_lib.lab.run import run
@@ -70,17 +70,9 @@ def run_sweep(sweep: Sweep, where: Where = Where(), *, retries: int = 1) -> tupl
     """
     _check_where(where)
     check_retries(retries)
-    sharing = 1
-    if where.scheduler:
-        opened = scheduler_client(where.scheduler)
-    elif where.slurm:
-        opened = slurm_client(where.slurm)
-    else:
-        count = default_workers(sweep.gpus_each) if where.workers is None else where.workers
-        sharing = math.ceil(count / max(1, len(gpu_groups(sweep.gpus_each))))
-        opened = local_client(count, gpus_each=sweep.gpus_each)
-    with opened as client:
-        failed = run(sweep.cells, sweep.run_dir, client, retries=retries, errors="collect", sharing=sharing,
+    with (scheduler_client(where.scheduler) if where.scheduler else slurm_client(where.slurm) if where.slurm
+          else contextlib.nullcontext()) as client:
+        failed = run(sweep.cells, sweep.run_dir, client, workers=where.workers, retries=retries, errors="collect",
                      data=sweep.data, collect=lambda: pack(sweep.run_dir, sweep.cells, sweep.run_dir))
     return make_report(sweep, failed), failed
 
@@ -107,8 +99,8 @@ def make_report(sweep: Sweep, failed: dict[Cell, str]) -> Path:
     if failed:
         rows = [(cell.model, cell.task, cell.method, cell.seed, why) for cell, why in failed.items()]
         tables.save_table(pd.DataFrame(rows, columns=["model", "task", "method", "seed", "reason"]), folder / "tables", "failed_cells")
-    if (folder / "results.parquet").is_file():
-        results = at_the_end(_results(sweep))
+    if (folder / "results.parquet").is_file() and len(found := _results(sweep)):
+        results = at_the_end(found)
         paper = tables.paper_table(results)
         tables.save_table(paper, folder / "tables", "paper_table")
         tables.save_table(tables.readable(paper), folder / "tables", "paper_table_readable",

@@ -22,19 +22,14 @@ _TEXT = [name for name, (kind, _) in RESULT_COLUMNS.items() if kind == "category
 def pack(folder: Path, cells: Iterable[Cell], archive: Path) -> pd.DataFrame:
     """Put the finished cells of a run folder into an archive's three files, in the order of `cells`; the facts of all.
 
-    What the archive holds of other cells stays.
+    What the archive holds of other cells stays, unless it is the run folder itself, which has them in their own folders.
     """
     ready = [cell for cell in dict.fromkeys(cells) if is_tested(folder, cell)]
     if not ready:
         return read_facts(archive)
     facts = pd.DataFrame([{**cell.facts(), **finished_facts(cell_folder(folder, cell) / "tested.json")} for cell in ready])
     facts = facts.drop(columns="sha256", errors="ignore").astype({"strength": float, "change": str, "value": str, "trial": bool})
-    try:
-        known = read_facts(archive)
-    except RunError:
-        if archive != folder:  # which holds cells that are nowhere else
-            raise
-        known = read_facts(archive / "none")
+    known = read_facts(archive if archive != folder else archive / "none")
     stays = known[~known["cell"].isin(facts["cell"])] if len(known) else known
     tables = {"cells": [pa.Table.from_pandas(part, preserve_index=False) for part in (stays, facts) if len(part)]}
     for name, file in (("measures", "measures.parquet"), ("results", "answers.parquet")):

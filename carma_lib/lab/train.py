@@ -24,6 +24,7 @@ from carma_lib.lab.start import answer_column, one_gpu, prompt_of, start_model, 
 from carma_lib.models import add_adapter, load_model, save_adapter
 from carma_lib.methods import make_trainer
 from carma_lib.tasks import task_named
+from carma_lib.trainer import checkpointing
 
 
 @dataclass
@@ -123,9 +124,9 @@ class _Tests(TrainerCallback):
 
     def on_step_end(self, args, state, control, *, model, **unused):
         step = state.global_step
-        if step % 10 == 0 and state.is_world_process_zero:
-            self._work.mkdir(parents=True, exist_ok=True)
-            (self._work / "step").write_text(str(step), encoding="utf-8")
+        if (step % 10 == 0 or step == self._steps) and state.is_world_process_zero:
+            with whole_file(self._work / "step") as temporary:
+                temporary.write_text(f"{step} {self._steps}", encoding="utf-8")
         folder, cell = self._of
         if step in self._looks:
             accuracy = clean_answers(folder, cell, model, "validation")["correct"].mean()
@@ -183,8 +184,7 @@ def _validation_rows(folder: Path, cell: Cell) -> list[dict[str, Any]]:
 def _arguments(work: Path, cell: Cell, steps: int) -> TrainingArguments:
     recipe, cuda = cell.recipe, torch.cuda.is_available()
     every, best = max(1, steps // recipe.evaluations), recipe.keep == "best"
-    more: dict[str, Any] = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}
-                            } if recipe.activation_checkpointing else {}
+    more: dict[str, Any] = checkpointing() if recipe.activation_checkpointing else {}
     if recipe.processes > 1:
         more |= {"fsdp": "full_shard auto_wrap", **({} if cuda else {"ddp_backend": "gloo"})}
     if best:
@@ -245,7 +245,8 @@ def _in_processes(folder: Path, cell: Cell) -> None:
         _open_work(folder, cell, own / "work")  # before there are several that could throw it away
     job, error = own / "work" / "job.json", own / "work" / "error.txt"
     error.unlink(missing_ok=True)
-    facts = {"task": cell.task, "method": cell.method, "seed": cell.seed, "strength": cell.strength, "change": cell.change}
+    facts = {"task": cell.task, "method": cell.method, "seed": cell.seed, "strength": cell.strength, "change": cell.change,
+             "trial": cell.trial}
     write_json(job, {"folder": str(folder), "cell": facts, "recipe": {**dict(cell.recipe), "keep_model": True},
                      "parent": os.getpid()})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",

@@ -52,9 +52,9 @@ def prepare(folder: Path, cells: list[Cell], sharing: int, stage: Stage) -> None
     quiet()
     first = cells[0]
     tokenizer_of(folder, first)
-    if any(not cell.untuned for cell in cells):
-        rows = training_rows(folder, next(cell for cell in cells if not cell.untuned))
-        config = config_of(first)
+    if to_train := [cell for cell in cells if not cell.untuned]:
+        steps_of(folder, to_train[0])  # tells if its epochs are too short
+        rows, config = training_rows(folder, to_train[0]), config_of(first)
         if first.recipe.has_pretrained_weights:
             check_loading(first.recipe.start, config, first.recipe)
         check_memory(config, first.recipe, tokens=max(len(row["input_ids"]) for row in rows), workers=sharing)

@@ -133,7 +133,7 @@ def load_model(start: str | Path, *, dtype: torch.dtype | str = torch.float32,
     if not (Path(where) / "adapter_model.safetensors").is_file():
         raise ModelNotFound(f"cannot load an adapter from '{where}': the folder has no adapter_model.safetensors "
                             "(pickled weights are not read); save it again")
-    model, tokenizer = _load_whole(base, dtype, False)
+    model, tokenizer = _load_whole(base, dtype, four_bits)
     with _loading("adapter", where), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         model = _peft().PeftModel.from_pretrained(model, where)

@@ -103,9 +103,10 @@ def _downloaded(name: str, model: dict[str, Any], work: Path) -> Path:
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # pip has moved it
-            total += path.stat().st_size
+    for place, _, names in os.walk(folder):  # which passes over folders that pip has taken away since
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(place) / name).stat().st_size
     return total
 
 

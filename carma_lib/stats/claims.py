@@ -112,9 +112,12 @@ def _asked(rows: pd.DataFrame, questions: Sequence[str], margin: float) -> list[
                                   {"split": seen, **clean, "margin": margin})}
     if longer == "test_longer":
         asked["longer texts"] = ("longer texts", "difference", "accuracy", {"split": longer, **clean})
-    if rates := sorted(rows.loc[rows["condition"] == "replaced", "rate"].unique()):
+    replaced = select(rows, condition="replaced")
+    drawn = replaced[replaced["source"] != "adversary"]
+    if rates := sorted(drawn["rate"].unique()):
         asked["synonyms"] = ("synonyms", "difference", "consist_syn", {
-            "split": seen, "condition": "replaced", "rate": 0.25 if 0.25 in rates else float(rates[0])})
+            "split": seen, "condition": "replaced", "rate": 0.25 if 0.25 in rates else float(rates[0]),
+            **({"source": str(drawn["source"].iloc[0])} if len(drawn) < len(replaced) else {})})
     pooled = select(rows, condition="pooled", protocol="mean", level="word")["depth_share"].unique()
     if len(pooled):
         asked["pooling"] = ("pooling", "difference", "accuracy_kept", {
@@ -139,7 +142,7 @@ def primary_comparisons(results: pd.DataFrame, plan: list[dict], *, curves: pd.D
     steadier) and verdict (the same in words).
 
     Intervals are of 95 %, tests of 5 %. Fewer than `FEWEST_SEEDS` seeds or `FEWEST_ITEMS` items that count: estimates and
-    intervals, and outcome 'not tested'. A claim that cannot be estimated has empty numbers and its reason in note.
+    intervals, and outcome 'not tested' (a ratio of CVs is of seeds alone, and has no estimate below `FEWEST_SEEDS`). A claim that cannot be estimated has empty numbers and its reason in note.
     ValueError for an unclear plan, or a task, split, model or start that the table does not have.
     """
     check_plan(plan)
@@ -159,8 +162,9 @@ def comparisons_so_far(results: pd.DataFrame | None, plan: list[dict]) -> pd.Dat
     'not yet measured'; Holm's correction runs over the others.
     """
     check_plan(plan)
-    ready = [claim for claim in plan if results is not None and all(
-        len(select(results, method=claim[side], **_filters(claim))) for side in ("method", "baseline"))]
+    ready = [claim for claim in plan if results is not None and all(len(select(results, method=claim[side], **{
+        name: value for name, value in _filters(claim).items() if (claim[side], name) != ("untuned", "budget")}))
+        for side in ("method", "baseline"))]
     missing = pd.DataFrame([{**claim, "n_seeds": 0, "outcome": "not tested", "verdict": "not yet measured"}
                             for claim in plan if claim not in ready])
     parts = [*([primary_comparisons(results, ready)] if ready else []), *([missing] if len(missing) else [])]

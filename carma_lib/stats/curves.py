@@ -77,9 +77,12 @@ def paired_differences(table: pd.DataFrame, value: str, *, by: Sequence[str], me
                        baseline: str = "fine_tuning") -> pd.DataFrame:
     """Method minus baseline of one value a seed, by the columns `by`: estimate, low, high (95 %, t over seeds), n_seeds.
 
-    Seeds that lack either value are left out. A row for each method of the table if `method` is "".
+    Seeds that lack either value are left out. A row for each method of the table if `method` is "". `ValueError` for
+    several values of one method and seed.
     """
     lines = []
+    if table.duplicated([*by, "method", "seed"]).any():
+        raise ValueError(f"the table holds several values of one method and seed, told apart by none of {list(by)}: filter it first")
     for key, rows in table.groupby(list(by), dropna=False, sort=False, observed=True):
         wide = rows.pivot_table(index="seed", columns="method", values=value, observed=True)
         for name in wide.columns if baseline in wide else ():

@@ -228,7 +228,8 @@ def _over_seeds(results: pd.DataFrame, metric: str, value: Callable[[pd.DataFram
         lines.append(rows.iloc[0][CELL_COLUMNS].to_dict() | {
             "metric": metric, "estimate": found.estimate, "low": low, "high": high,
             "n_items": rows["item_id"].nunique(), "n_seeds": len(values),
-            "note": "one seed: no interval" if len(values) == 1 else "interval over seeds only"})
+            "note": ("one seed: no interval" if len(values) == 1 else "all values the same: no interval" if np.isnan(low)
+                     else "interval over seeds only")})
     return pd.DataFrame(lines)
 
 

@@ -33,7 +33,8 @@ def method_differences(answers: pd.DataFrame, questions: Iterable[dict]) -> tupl
     found, dots = [], []
     for question in questions:
         where = {name: question[name] for name in FILTER_COLUMNS if name in question}
-        values = select(per_seed(select(answers, split=where["split"]), question["metric"]), **where)
+        of_split = select(answers, split=where["split"]) if "split" in where else answers
+        values = select(per_seed(of_split, question["metric"]), **where)
         found.append(paired_differences(values, "value", by=["task", "start"], method="").assign(question=question["name"]))
         dots.append(seed_differences(values, "value", by=["task", "start"]).assign(question=question["name"]))
     return pd.concat(found, ignore_index=True), pd.concat(dots, ignore_index=True)
@@ -130,7 +131,7 @@ def counted_claims(families: pd.DataFrame) -> pd.DataFrame:
     ratio = families["kind"] == "cv ratio"
     edge = ratio.astype(float) - families["margin"].fillna(0)
     counted: dict[str, Any] = {
-        "in favour": (families["estimate"] > ratio.astype(float)) != ratio,
+        "in favour": (families["estimate"] < 1) & ratio | (families["estimate"] > 0) & ~ratio,
         "interval clear": (families["low"] > edge) | (families["high"] < edge),
         "after correction": families["outcome"] == "shown"}
     question = families["name"].str.partition(": ")[2].str.replace(r" \d+ ?%", "", regex=True)

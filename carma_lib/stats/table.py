@@ -64,9 +64,11 @@ def matches(table: pd.DataFrame, **values: Any) -> np.ndarray:
     """Which rows have these values in their columns: one value, or any of a list; a float up to rounding."""
     chosen = np.ones(len(table), bool)
     for name, value in values.items():
-        column = table[name]
-        chosen &= (np.isclose(column, value) if isinstance(value, float) else
-                   (column.isin(list(value)) if isinstance(value, (list, tuple, dict)) else column == value).to_numpy())
+        several = list(value) if isinstance(value, (list, tuple, dict)) else [value]
+        if any(isinstance(each, float) for each in several):
+            chosen &= np.isclose(table[name].to_numpy(float)[:, None], several).any(axis=1)
+        else:
+            chosen &= table[name].isin(several).to_numpy()
     return chosen
 
 

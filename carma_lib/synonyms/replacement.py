@@ -60,6 +60,8 @@ class Replacement(NamedTuple("Replacement", [("text", str), ("changes", tuple[Ch
         self.requested = requested
         return self
 
+    __getnewargs__ = lambda self: (self.text, self.changes, self.requested)  # for copies, and for other processes
+
     @property
     def made(self) -> int:
         return sum(change.before.lower() not in ARTICLES for change in self.changes)
@@ -178,7 +180,8 @@ def replaced_rows(rows: Dataset, *, source: Source = "wordnet", rate: float, see
     """
     replaced = replace_all(rows["text"], rate=rate, seed=seed, item_ids=rows["item_id"], source=source,
                            forbidden=forbidden, cache_dir=cache_dir)
-    changed = {**rows.to_dict(), "text": [each.text for each in replaced], "phrases": [[] for _ in replaced]}
+    changed = {**rows.to_dict(), "text": [each.text for each in replaced],
+               "phrases": [shift_spans(spans, each.changes) for spans, each in zip(rows["phrases"], replaced)]}
     return type(rows).from_dict(changed, features=rows.features), [each.made for each in replaced]
 
 

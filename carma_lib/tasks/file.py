@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow.parquet
 
 from carma_lib.files import RunError, first_line, sha256_of, user_path
-from carma_lib.tasks.schema import DataNotFound, TaskRows
+from carma_lib.tasks.schema import DataNotFound, TaskRows, shuffle_held_out
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 COLUMNS = ("text", "target", "split", "phrases", "group")
@@ -272,6 +272,7 @@ def _given_splits(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[dict
         if row["group"] and seen.setdefault(row["group"], row["split"]) != row["split"]:
             raise RunError(f"{path}: the group {row['group'][:40]!r} is in {seen[row['group']]} and in {row['split']}: "
                            "keep it in one of them")
+    shuffle_held_out(splits)
     return splits
 
 
