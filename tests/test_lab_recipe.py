@@ -231,7 +231,7 @@ def test_names_and_places_are_for_people():
 
 def test_a_value_for_a_kind_of_task_that_there_is_not_is_refused(start):
     refused(lambda: recipe_for("sentiment", {"start": start, "learning_rate": {"sentimant": 1e-4}}),
-            "learning_rate has a value for 'sentimant', which is no kind of task; there are inverse_dictionary, sentiment, own")
+            "learning_rate has a value for 'sentimant', which is no kind of task; there are inverse_dictionary, own, sentiment")
 
 
 @pytest.mark.parametrize(("changes", "message"), [

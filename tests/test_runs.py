@@ -58,7 +58,7 @@ def test_a_sweep_may_leave_its_parts_empty(tmp_path):
         file = tmp_path / f"{number}.yml"
         file.write_text(text + more)
         sweeps.append(read_sweep(file))
-    assert sweeps[0].cells == sweeps[1].cells == sweeps[2].cells and sweeps[0].data == sweeps[1].data == sweeps[2].data == {}
+    assert sweeps[0].cells == sweeps[1].cells == sweeps[2].cells and sweeps[0].data == sweeps[1].data == sweeps[2].data == {"controlled_sentiment": {}}
 
 
 # --- run folders ------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from carma_lib.models.pretrained import names
 from carma_lib.models.table import settings_for
 from carma_lib.models import SMALL_FAMILIES, load_config, native_bf16
 from carma_lib.pooling import PROTOCOLS
+from carma_lib.tasks import TASKS
 
-KINDS = ("inverse_dictionary", "sentiment", "own")  # of tasks
 SMALL_STARTS = ("random", "base")
 RANDOM = "random:"
 EXAMPLES = "wordnet_examples"
@@ -293,11 +293,12 @@ def recipe_for(kind: str, settings: Mapping[str, Any], *, seeds: tuple[int, ...]
     """
     chosen = {name: value for name, value in settings.items() if not isinstance(value, Mapping)}
     chosen |= {name: value[kind] for name, value in settings.items() if isinstance(value, Mapping) and kind in value}
+    kinds = sorted({kind, "own", *(task.kind for task in TASKS.values())})
     for name, value in settings.items():
         if name not in Recipe.model_fields:
             Recipe(**{name: None})
-        if isinstance(value, Mapping) and (unknown := [of for of in value if of not in KINDS]):
-            raise ValueError(f"{name} has a value for '{unknown[0]}', which is no kind of task; there are {', '.join(KINDS)}")
+        if isinstance(value, Mapping) and (unknown := [of for of in value if of not in kinds]):
+            raise ValueError(f"{name} has a value for '{unknown[0]}', which is no kind of task; there are {', '.join(kinds)}")
     recipe = Recipe(**{name: value for name, value in chosen.items() if value is not None or name == "num_negatives"})
     gaps = [name for name in OPEN if getattr(recipe, name) is None]
     length_open = not (recipe.steps or recipe.epochs)
