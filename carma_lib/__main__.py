@@ -166,7 +166,8 @@ def _command(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     from carma_lib.lab.plan import read_sweep
     from carma_lib.lab.run import names_of
-    from carma_lib.lab.sweep import Where, check_retries, plan_text, run_sweep
+    from carma_lib.lab.run import check_retries
+    from carma_lib.lab.sweep import Where, plan_text, run_sweep
 
     check_retries(options.retries)
     sweep, where = read_sweep(options.file), Where(options.workers, options.scheduler, options.slurm)

@@ -18,11 +18,12 @@ from carma_lib.__main__ import SWEEP_EPILOG, build_parser, main
 from carma_lib.files import RunError, read_json
 from carma_lib.lab.cell import cell_folder, read_plan, save_plan
 from carma_lib.lab.cluster import local_client, read_slurm
-from carma_lib.lab.evaluate import split_prompts
 from carma_lib.lab.estimate import estimate
+from carma_lib.lab.evaluate import asked_rows, split_prompts
+from carma_lib.lab.measure import _before
 from carma_lib.lab.plan import read_sweep
-from carma_lib.lab.run import CellFailed, _share, run
-from carma_lib.lab.start import rows_of, training_rows
+from carma_lib.lab.run import CellFailed, _Book, _share, run
+from carma_lib.lab.start import rows_of, tokenizer_of, training_rows
 from carma_lib.lab.sweep import Where, plan_text, run_sweep
 from carma_lib.lab.tables import pack, read_cells, trained_again
 from carma_lib.lab.worker import attempts
@@ -146,13 +147,24 @@ def test_an_archive_in_the_run_folder_holds_the_cells_that_are_asked_for(trained
     assert set(results.cell) == {cells[0].key} and set(results.seed) == {2**32 - 1}
 
 
-def test_memory_of_data_ends_with_the_data(folder):
-    """A worker, or a kernel, may live longer than the data of a run folder."""
-    before = training_rows(folder, cell_of()), rows_of(folder, SENTIMENT)["test_seen"]["text"][:]
+def test_memory_of_data_ends_with_the_data(folder, monkeypatch):
+    """A worker, or a kernel, may live longer than the data of a run folder; a pretrained start's tokenizer stays."""
+    tokenizer = tokenizer_of(folder, cell_of())
+    for module in ("start", "evaluate"):
+        monkeypatch.setattr(f"carma_lib.lab.{module}.tokenizer_of", lambda folder, cell: tokenizer)
+
+    def read():
+        return (training_rows(folder, cell_of()), rows_of(folder, SENTIMENT)["test_seen"]["text"][:],
+                asked_rows(folder, cell_of(), "test_seen")["text"][:], [batch["input_ids"].tolist() for batch in split_prompts(folder, cell_of(), "test_seen").batches])
+
+    before = read()
     build_task(SENTIMENT, folder / "data" / SENTIMENT, seed=7)
-    after = training_rows(folder, cell_of()), rows_of(folder, SENTIMENT)["test_seen"]["text"][:]
-    assert before[0] != after[0] and before[1] != after[1]
-    assert list(split_prompts(folder, cell_of(), "test_seen").item_ids) == list(rows_of(folder, SENTIMENT)["test_seen"]["item_id"][:12])
+    assert all(old != new for old, new in zip(before, read()))
+
+
+def test_small_starts_of_one_shape_and_two_vocabularies_are_measured_each(folder):
+    measures = [_before(folder, cell_of(vocabulary_size=size, measures=("perplexity",)))[0]["value"] for size in (300, 400)]
+    assert measures[0] != measures[1]
 
 
 def test_cells_are_made_in_their_order(folder, client):
@@ -206,7 +218,7 @@ def test_cells_trained_again_are_set_beside_the_archive(trained_run, tmp_path):
         trained_again(cells, trained_run, archive)
 
 
-def test_the_progress_of_a_cell_never_goes_back(trained_run, folder, client, capsys):
+def test_the_progress_of_a_cell_never_goes_back(trained_run, folder):
     cell = cell_of("carma")
     work = cell_folder(folder, cell) / "work"
     shown = [_share(folder, cell)]
@@ -215,10 +227,8 @@ def test_the_progress_of_a_cell_never_goes_back(trained_run, folder, client, cap
         (work / "step").write_text(step)
         shown.append(_share(folder, cell))
     assert shown == [0, 0, 0.45, 0.9] and _share(trained_run, cell) == 0, "tests are the last tenth"
-    (work / "step").write_text("6 6")
-    assert run([cell], folder, client) == {}, "what a killed run left there is not counted"
-    drawn = [float(part) for part in re.findall(r"([\d.]+)/1 ", capsys.readouterr().err)]
-    assert drawn == sorted(drawn) and drawn[0] == 0 and drawn[-1] == 1
+    _Book(folder, [cell], "tested", lambda cell: False)
+    assert _share(folder, cell) == 0, "what a killed run left there is not counted"
 
 
 def test_the_second_run_in_a_folder_is_refused(folder):

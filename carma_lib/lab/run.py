@@ -48,8 +48,7 @@ def run(cells: Iterable[Cell], folder: Path, client: Client | None = None, *, wo
     connection to the workers is lost; what is done stays done, and the same call goes on from there.
     """
     cells = list(dict.fromkeys(cells))
-    if retries < 0:
-        raise ValueError(f"retries is {retries}; it must be at least 0")
+    check_retries(retries)
     if stage == "trained" and (lost := [cell for cell in cells if not cell.recipe.keep_model and not cell.untuned]):
         raise ValueError(f"{lost[0].name} has keep_model=False, so nothing would be left to test later: train and test it in one run, "
                          "or keep its model")
@@ -70,6 +69,12 @@ def run(cells: Iterable[Cell], folder: Path, client: Client | None = None, *, wo
         if collect:
             collect()
         return book.failed
+
+
+def check_retries(retries: int) -> None:
+    """`ValueError` for a number below 0."""
+    if retries < 0:
+        raise ValueError(f"retries is {retries}; it must be at least 0")
 
 
 def names_of(cells: Iterable[Cell]) -> dict[Cell, str]:

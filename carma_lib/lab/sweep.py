@@ -57,19 +57,12 @@ def _check_where(where: Where) -> None:
             raise ValueError(f"{name} is empty: give its address or file, or leave the option out for processes of this machine")
 
 
-def check_retries(retries: int) -> None:
-    """`ValueError` for a number below 0."""
-    if retries < 0:
-        raise ValueError(f"retries is {retries}; it must be at least 0")
-
-
 def run_sweep(sweep: Sweep, where: Where = Where(), *, retries: int = 1) -> tuple[Path, dict[Cell, str]]:
     """Run what is open of a sweep and make its report; its path, and each cell without a result with one line why.
 
     Raises as `run` does; cells that fail are tried `retries` times more, then left out.
     """
     _check_where(where)
-    check_retries(retries)
     with (scheduler_client(where.scheduler) if where.scheduler else slurm_client(where.slurm) if where.slurm
           else contextlib.nullcontext()) as client:
         failed = run(sweep.cells, sweep.run_dir, client, workers=where.workers, retries=retries, errors="collect",
