@@ -207,5 +207,5 @@ def steps_of(folder: Path, cell: Cell) -> int:
         return 0 if cell.untuned else cell.recipe.steps
     rows = len(training_rows(folder, cell)) // (2 if cell.method == "synonym_augmentation" else 1)
     steps = cell.recipe.training_steps(rows)
-    cell.recipe.check_length(steps, f": {rows:,} training rows, epochs={cell.recipe.epochs}; lower it, or give steps")
+    cell.recipe.check_length(steps, f": {rows:,} training rows, epochs={cell.recipe.epochs}; raise epochs, or lower what does not fit")
     return steps
