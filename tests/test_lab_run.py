@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from lab_cells import DICTIONARY, SENTIMENT, SMALL, block, cell_of, kill_one_at_
 from carma_lib.__main__ import SWEEP_EPILOG, build_parser, main
 from carma_lib.files import RunError, read_json
 from carma_lib.lab.cell import cell_folder, read_plan, save_plan
+from carma_lib.lab import tables
 from carma_lib.lab.cluster import local_client, read_slurm
 from carma_lib.lab.estimate import estimate
 from carma_lib.lab.evaluate import asked_rows, split_prompts
@@ -195,6 +197,21 @@ def test_an_archive_keeps_finished_cells_and_gives_them_back(trained_run, tmp_pa
     facts, measures = read_cells(tmp_path)
     assert list(facts["cell"]) == [cell.key for cell in cells] and len(read_results(tmp_path / "results.parquet"))
     assert set(measures["cell"]) == set(facts["cell"])
+
+
+def test_runs_that_pack_into_one_archive_at_once_lose_no_cell(trained_run, tmp_path, monkeypatch):
+    read = tables.read_facts
+
+    def read_slowly(archive):
+        found = read(archive)
+        time.sleep(0.3)
+        return found
+
+    monkeypatch.setattr(tables, "read_facts", read_slowly)
+    cells = [cell_of("fine_tuning"), cell_of("carma")]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda cell: pack(trained_run, [cell], tmp_path), cells))
+    assert set(read_cells(tmp_path)[0]["cell"]) == {cell.key for cell in cells}
 
 
 def test_cells_trained_again_are_set_beside_the_archive(trained_run, tmp_path):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.dataset as arrow
 import pyarrow.parquet as parquet
 
-from carma_lib.files import RunError, reading, whole_file
+from carma_lib.files import RunError, locked, reading, whole_file
 from carma_lib.lab.cell import FACTS, RULES, Cell, cell_folder, finished_facts, is_tested, testing_mark
 from carma_lib.lab.start import model_name
 from carma_lib.stats.table import RESULT_COLUMNS, ResultsError
@@ -23,10 +23,16 @@ def pack(folder: Path, cells: Iterable[Cell], archive: Path) -> pd.DataFrame:
     """Put the finished cells of a run folder into an archive's three files, in the order of `cells`; the facts of all.
 
     What the archive holds of other cells stays, unless it is the run folder itself, which has them in their own folders.
+    Of several runs that pack into one archive, each waits for the other.
     """
     ready = [cell for cell in dict.fromkeys(cells) if is_tested(folder, cell)]
     if not ready:
         return read_facts(archive)
+    with locked(archive / ".lock", wait=-1):
+        return _packed(folder, ready, archive)
+
+
+def _packed(folder: Path, ready: list[Cell], archive: Path) -> pd.DataFrame:
     facts = pd.DataFrame([{**cell.facts(), **finished_facts(cell_folder(folder, cell) / "tested.json")} for cell in ready])
     facts = facts.drop(columns="sha256", errors="ignore").astype({"strength": float, "change": str, "value": str, "trial": bool})
     known = read_facts(archive if archive != folder else archive / "none")
