@@ -106,6 +106,18 @@ def test_scores_equal_a_naive_restatement(small_scorer, text):
     assert checked >= 4
 
 
+def test_a_long_text_is_scored_in_several_passes(small_scorer, monkeypatch):
+    text = "The old house near the river was big and the small boy began to build a fast boat there . " * 3
+    whole, read = ranking.rank(text), []
+    run = small_scorer.run
+    monkeypatch.setattr(small_scorer, "run", lambda tokens, parents: read.append(len(tokens)) or run(tokens, parents))
+    monkeypatch.setattr(ranking, "TOKENS", 400)
+    parts = ranking.rank(text)
+    assert len(read) > 2 and max(read) <= 400 and list(parts) == list(whole)
+    for place, found in whole.items():
+        assert dict(parts[place]) == pytest.approx(dict(found), abs=1e-4)
+
+
 def test_nested_seeded_and_counted(monkeypatch):
     monkeypatch.setattr(replacement, "LEAST", -1e9)
     for text in SENTENCES:

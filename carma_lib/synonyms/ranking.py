@@ -1,7 +1,7 @@
 """Synonyms chosen in context by a pretrained language model, one fixed scorer for all models that are compared.
 
 A candidate is a lemma of WordNet that shares a sense with the word, or whose sense lies beside it (similar adjectives,
-hypernyms). One forward pass scores all candidates of a text: the text is the trunk of a tree of tokens, a candidate
+hypernyms). One forward pass scores all candidates of a text (of a long one, several passes): the text is the trunk of a tree of tokens, a candidate
 with the words after it is a branch, and a token sees only its ancestors. The score of a candidate is a log-odds, the
 sum of `WEIGHTS` times their values, and `BIAS`.
 
@@ -36,6 +36,7 @@ RULES = 6  # part of every cache key: raise it with any change of candidates or 
 TAIL = 12  # tokens after a candidate that are compared
 MOST = 5  # candidates of a word that are scored
 BLOCK = 100  # texts a cache file
+TOKENS = 4096  # of one pass, text and branches; a sentence of 50 words has 1,800
 #: The fitted weights of what speaks for a candidate. Likelihoods are logarithms, kept in bounds.
 WEIGHTS = {
     "candidate": 0.163,  # likelihood of the candidate in its place, from -15
@@ -227,6 +228,9 @@ class Scorer:
                 own = len(branch) - min(len(after), len(branch) - 1)
                 named = grow(asked, self._tokens(form) + self._tokens('"')) if form != spoken else ()
                 spans[place, form] = _Spans(list(branch[:own]), list(branch[own:]), list(named))
+        if len(tokens) > TOKENS and len(places) > 1:  # memory grows with the square of what one run reads
+            both = list(places.items())
+            return {**self.rank(text, words, dict(both[:len(both) // 2])), **self.rank(text, words, dict(both[len(both) // 2:]))}
         states, likely = self.run(tokens, parents)
         states = torch.nn.functional.normalize(states - states[:end + 1].mean(0), dim=-1)
         embeddings = self.model.get_input_embeddings().weight.detach().float().cpu()
