@@ -44,6 +44,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "vocabulary_size": (lambda value: value >= 258, "at least 258"),
     "temperature": (lambda value: 1e-6 <= value < math.inf, "at least 1e-6"),
 }
+#: The parameters that name what a notebook reads beside the run folder.
+_READ = ("plan", "archive", "trials_from", "tasks", "further_tasks")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Plan:
     run_dir: Path
     notebooks: tuple[Notebook, ...]
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reads: dict[str, list[Path]] = field(default_factory=dict)  # files, and folders with tables, that parameters name
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -142,7 +145,11 @@ def make_plan(profile: str, *, run_dir: Path | None = None, settings: dict[str, 
         if "recipe" in parameters:
             parameters["recipe"] = _merged(known[name]["recipe"], parameters["recipe"])
     _check_values({name: {**known[name], **parameters} for name, parameters in chosen.items()})
-    return Plan(profile, run_dir, tuple(notebooks), chosen)
+    named = {name: [value for setting in _READ if (value := {**known[name], **parameters}.get(setting))]
+             for name, parameters in chosen.items()}
+    return Plan(profile, run_dir, tuple(notebooks), chosen, {
+        name: [root / each for value in values for each in (value if isinstance(value, list) else [value])]
+        for name, values in named.items()})
 
 
 def _checked_file(task: Any, root: Path) -> Any:

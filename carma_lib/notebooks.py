@@ -44,7 +44,7 @@ def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
             entry = status["notebooks"][notebook.name]
             label = f"[{number}/{len(plan.notebooks)}] {notebook.name}"
             if (entry["state"] == "done" and not again & set(notebook.needs) and _makes_present(plan, notebook)
-                    and _as_made(plan.run_dir, entry)):
+                    and _unchanged(plan.run_dir, entry, plan.reads[notebook.name])):
                 print(f"{label}: done before, skipped", flush=True)
                 continue
             print(f"{label}: running", flush=True)
@@ -113,12 +113,20 @@ def _makes_present(plan: Plan, notebook: Notebook) -> bool:
     return not _absent(plan, notebook.makes)
 
 
-def _as_made(run_dir: Path, entry: dict[str, Any]) -> bool:
-    """Whether what a notebook made is there with its content; the first file that is not is named."""
-    for name, mark in (entry["made"].items() if isinstance(entry.get("made"), dict) else ()):
-        if not (run_dir / name).is_file() or sha256_of(run_dir / name) != mark:
-            print(f"{run_dir / name} is not as it was made: its notebook runs again", flush=True)
-            return False
+def _marks(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Each file, of folders the tables in them, by its path from `folder` → its content's mark."""
+    whole = [each for file in files for each in (sorted(file.glob("*.parquet")) if file.is_dir() else [file]) if each.is_file()]
+    return {Path(os.path.relpath(each, folder)).as_posix(): sha256_of(each) for each in whole}
+
+
+def _unchanged(run_dir: Path, entry: dict[str, Any], reads: list[Path]) -> bool:
+    """Whether what a notebook made and read has its content still; the first file that has not is named."""
+    for kind, files in (("made", [run_dir / name for name in entry.get("made") or ()]), ("read", reads)):
+        before, now = entry.get(kind), _marks(run_dir, files)
+        for name in {**before, **now} if isinstance(before, dict) else ():
+            if before.get(name) != now.get(name):
+                print(f"{os.path.normpath(run_dir / name)} is not as it was {kind}: its notebook runs again", flush=True)
+                return False
     return True
 
 
@@ -167,8 +175,8 @@ def _run_one(plan: Plan, notebook: Notebook, status: dict[str, Any]) -> None:
     if not _makes_present(plan, notebook):
         record("failed", error="it ran, but did not make what the manifest says")
         raise RunError(f"{notebook.name} ran, but did not make {', '.join(notebook.makes)} in {plan.run_dir}")
-    record("done", made={path.relative_to(plan.run_dir).as_posix(): sha256_of(path) for pattern in notebook.makes
-                         for path in sorted(plan.run_dir.glob(pattern)) if path.is_file()})
+    record("done", made=_marks(plan.run_dir, [path for pattern in notebook.makes for path in sorted(plan.run_dir.glob(pattern))]),
+           read=_marks(plan.run_dir, plan.reads[notebook.name]))
 
 
 def _kernel_config() -> Any:

@@ -91,7 +91,7 @@ def test_readme_badges_use_the_one_address():
 
 # --- a small project of two notebooks -------------------------------------------------------------------------
 
-FIRST = ["steps: int = 2  # how many\nrate: float = 0.5  # of words\nrun_dir: str = 'runs/default'  # where",
+FIRST = ["steps: int = 2  # how many\nrate: float = 0.5  # of words\narchive: str = 'kept'  # tables\nrun_dir: str = 'runs/default'  # where",
          "from pathlib import Path\nrun = Path(run_dir)",
          "print('made', steps, 'of', rate)\n(run / 'made.txt').write_text(str(steps))"]
 SECOND = ["run_dir: str = 'runs/default'  # where\nfail: bool = False  # raise\nseconds: int = 0  # to sleep",
@@ -141,6 +141,16 @@ def test_run_resume_and_publish(project, capsys):
     assert main(["run", "--resume"]) == 0
     assert "02_second: done in" in capsys.readouterr().out, "what is made from another file is made again with it"
 
+    table = project / "kept" / "cells.parquet"
+    table.parent.mkdir()
+    for content in ("new", "other", None):
+        table.write_text(content) if content else table.unlink()
+        assert main(["run", "--resume"]) == 0
+        out = capsys.readouterr().out
+        assert f"{table} is not as it was read: its notebook runs again" in out and "01_first: done in" in out
+        assert main(["run", "--resume"]) == 0
+        assert "01_first: done before, skipped" in capsys.readouterr().out
+
     assert main(["publish"]) == 0
     published = nbformat.read(project / "notebooks" / "01_first.ipynb", as_version=4)
     assert published.cells[2].outputs[0].text == "made 2 of 0.5\n"
@@ -150,7 +160,7 @@ def test_run_resume_and_publish(project, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--profile", "nowhere"], "unknown profile 'nowhere'; nbs_ci.yml has default"),
-    (["--set", "stepps=3"], "no notebook has the parameter 'stepps'; there are fail, rate, run_dir, seconds, steps"),
+    (["--set", "stepps=3"], "no notebook has the parameter 'stepps'; there are archive, fail, rate, run_dir, seconds, steps"),
     (["--set", "02_second.steps=3"], "no notebook has the parameter '02_second.steps'"),
     (["--set", "steps=many"], "01_first: 'steps' takes int, such as 2, not 'many'"),
     (["--set", "fail=1"], "02_second: 'fail' takes bool, such as False, not 1"),
