@@ -90,6 +90,15 @@ def test_clean_and_pooled_answers_equal_one_row_at_a_time(tested, results, model
                 assert answer.correct == (logits.argmax() == target)
 
 
+def test_of_equally_likely_tokens_the_first_is_the_answer():
+    logits = torch.randint(3, (200, 7), generator=torch.Generator().manual_seed(1)).bfloat16()
+    targets = torch.arange(200) % 7
+    for row, target, answer in zip(logits.tolist(), targets.tolist(), _score(logits, targets).itertuples()):
+        first = row.index(max(row))
+        rank = 1 if first == target else sum(value >= row[target] for value in row)
+        assert (answer.prediction, answer.rank, answer.correct) == (first, rank, first == target)
+
+
 def test_replaced_texts_count_their_changes_and_leave_the_target_out(tested, results):
     for split in SPLITS:
         rows = asked_rows(tested, CARMA, split)
@@ -182,10 +191,10 @@ def test_score_by_hand():
 
 
 @pytest.mark.parametrize(("logits", "rank"), [
-    ([0.0, 0.0, 0.0, 0.0], 4), ([2.0, 2.0, 1.0, 1.0], 2), ([2.0, 1.0, 1.0, 1.0], 1), ([1.0, 2.0, 1.0, 0.0], 3), ([0.0, 1.0, 2.0, 3.0], 4)])
+    ([0.0, 0.0, 0.0, 0.0], 4), ([1.0, 1.0, 2.0, 2.0], 2), ([1.0, 1.0, 1.0, 2.0], 1), ([0.0, 1.0, 2.0, 1.0], 3), ([3.0, 2.0, 1.0, 0.0], 4)])
 def test_a_tie_is_not_a_win(logits, rank):
-    """The rank of the first token: how many are as likely or more, itself among them."""
-    frame = _score(torch.tensor([logits]), torch.tensor([0]))
+    """The rank of the last token: how many are as likely or more, itself among them."""
+    frame = _score(torch.tensor([logits]), torch.tensor([3]))
     assert frame["rank"].tolist() == [rank] and frame.correct.tolist() == [rank == 1]
 
 

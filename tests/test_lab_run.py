@@ -199,6 +199,25 @@ def test_an_archive_keeps_finished_cells_and_gives_them_back(trained_run, tmp_pa
     assert set(measures["cell"]) == set(facts["cell"])
 
 
+def test_earlier_rules_counted_a_tie_as_wrong(trained_run, tmp_path):
+    cell = cell_of("carma")
+    pack(trained_run, [cell], tmp_path)
+    table = pd.read_parquet(tmp_path / "results.parquet")
+    right = table.index[table["correct"]][:4]
+    assert len(right) == 4
+    table["prediction"] = table["prediction"].astype(str)
+    table.loc[right, ["correct", "rank"]] = False, 2
+    table.loc[right, "prediction"] = [f"{table.target[right[0]]}#7", f"{table.target[right[1]]}#7", "else#7", table.target[right[3]]]
+    table.loc[right[1], "prediction_probability"] *= 1.05  # another token of the same letters
+    table.to_parquet(tmp_path / "results.parquet")
+    facts = pd.read_parquet(tmp_path / "cells.parquet")
+    for rules, judged in (("2.2", [True, False, False, False]), ("2.6", [False] * 4)):
+        facts.assign(rules=rules).to_parquet(tmp_path / "cells.parquet")
+        found = tables.read_answers(tmp_path, read_cells(tmp_path)[0])
+        assert found.loc[right, "correct"].tolist() == judged and found.loc[right, "rank"].tolist() == [2 - each for each in judged]
+        assert found["correct"].drop(right).equals(table["correct"].drop(right))
+
+
 def test_runs_that_pack_into_one_archive_at_once_lose_no_cell(trained_run, tmp_path, monkeypatch):
     read = tables.read_facts
 

@@ -116,15 +116,18 @@ def _score_texts(model: Any, batch: dict[str, torch.Tensor], tokenizer: Any) -> 
 def _score(logits: torch.Tensor, targets: torch.Tensor) -> pd.DataFrame:
     """Prediction (token id) and its probability, correctness, rank and log-probability of the target, from logits.
 
-    The target's rank counts itself and all tokens as likely or more: a tie is not a win.
+    Of tokens that are equally likely, as in bf16 the best two often are, the first of the vocabulary is the prediction,
+    as greedy decoding takes it. A target that is not predicted has the worst of the ranks that it shares.
     """
     if not torch.isfinite(logits).all():
         raise ValueError("the model's logits are not finite; it was not trained well, or its weights are damaged")
     log_probability = logits.float().log_softmax(-1)
     of_target = log_probability.gather(1, targets[:, None])
-    rank = (log_probability >= of_target).sum(-1)
+    prediction = log_probability.argmax(-1)
+    correct = prediction == targets
+    rank = (log_probability >= of_target).sum(-1).masked_fill(correct, 1)
     return pd.DataFrame({
-        "prediction": log_probability.argmax(-1).cpu().numpy(), "correct": (rank == 1).cpu().numpy(),
+        "prediction": prediction.cpu().numpy(), "correct": correct.cpu().numpy(),
         "prediction_probability": log_probability.amax(-1).double().exp().cpu().numpy(),
         "rank": rank.cpu().numpy(),
         "log_probability": of_target[:, 0].double().cpu().numpy()})

@@ -47,7 +47,7 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric("share of the items answered right", _share(lambda rows: rows["correct"])),
     "top_5": Metric("share of the items whose target is among the five most probable answers",
                     _share(lambda rows: rows["rank"] <= 5), columns=("rank",)),
-    "mean_reciprocal_rank": Metric("mean of 1 / rank of the target; a tie has the worst of its ranks",
+    "mean_reciprocal_rank": Metric("mean of 1 / rank of the target; of ranks that it shares the worst",
                                    _share(lambda rows: 1 / rows["rank"]), columns=("rank",)),
     "mean_log_probability": Metric("mean natural logarithm of the target's probability",
                                    _share(lambda rows: rows["log_probability"]),
