@@ -216,6 +216,7 @@ def test_earlier_rules_counted_a_tie_as_wrong(trained_run, tmp_path):
         found = tables.read_answers(tmp_path, read_cells(tmp_path)[0])
         assert found.loc[right, "correct"].tolist() == judged and found.loc[right, "rank"].tolist() == [2 - each for each in judged]
         assert found["correct"].drop(right).equals(table["correct"].drop(right))
+        assert tables.read_answers(tmp_path, read_cells(tmp_path)[0], as_tested=True)["correct"].equals(table["correct"])
 
 
 def test_runs_that_pack_into_one_archive_at_once_lose_no_cell(trained_run, tmp_path, monkeypatch):

@@ -109,12 +109,12 @@ def whole_seeds(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_answers(archive: Path, cells: pd.DataFrame, *, conditions: Sequence[str] = ("clean", "replaced", "pooled"),
-                 budgets: Sequence[int] = ()) -> pd.DataFrame:
+                 budgets: Sequence[int] = (), as_tested: bool = False) -> pd.DataFrame:
     """The answers of some rows of `read_cells` as one result table, with the cells' facts beside.
 
     conditions, budgets: only these; no budgets for all. Rules of different versions replace other words, so answers
     under synonyms are given of one version only, that of the most cells of a task; one line tells of the others. Answers
-    of cells that were tested before rules 6 are judged anew by `judged_greedily`.
+    of cells that were tested before rules 6 are judged anew by `judged_greedily`, unless `as_tested`.
     """
     keep = arrow.field("cell").isin(list(cells["cell"])) & arrow.field("condition").isin(list(conditions))
     rules = cells.groupby("task")["rules"].agg(lambda of_task: of_task.mode()[0])
@@ -132,7 +132,7 @@ def read_answers(archive: Path, cells: pd.DataFrame, *, conditions: Sequence[str
     more = ["training_items", "strength", "change", "value"]
     answers = answers.merge(cells[["cell", *more]].astype({"cell": answers["cell"].dtype}), on="cell", how="left")
     older = cells.loc[cells["rules"].str.partition(".")[2].astype(int) < 6, "cell"]
-    return judged_greedily(answers, answers["cell"].isin(older))
+    return answers if as_tested else judged_greedily(answers, answers["cell"].isin(older))
 
 
 def judged_greedily(answers: pd.DataFrame, among: pd.Series) -> pd.DataFrame:

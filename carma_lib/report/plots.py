@@ -12,7 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from carma_lib.report.style import (METHOD_COLOURS, METHOD_MARKERS, PAGE, check_one, make_panels, method_order,
                                     name_lines, panels_of, save_figure, seed_lines, styled)  # noqa: F401
@@ -185,10 +185,12 @@ def forest_plot(comparisons: pd.DataFrame) -> Figure:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:g}")
             low, high = axes.get_xlim()
-            axes.xaxis.set_minor_formatter(NullFormatter() if high / low > 100 or high / low < 3 else lambda value, _:
-                                           f"{value:g}" if f"{value:e}"[0] in "25" else "")
-            if high / low < 3:
-                axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            if high / low < 5:
+                ticks = MaxNLocator(4).tick_values(low, high)
+                ticks[np.abs(ticks - 1).argmin()] = 1  # where the line of no difference is
+                axes.set_xticks([tick for tick in ticks if low <= tick <= high])
     return figure
 
 

@@ -16,13 +16,14 @@ from carma_lib.stats.table import METHOD_LABELS, select
 def accuracy_by_budget(curves: pd.DataFrame, *, panel: str = "split") -> Figure:
     """Accuracy against training steps (logarithmic), one panel a value of `panel`: thin seeds, thick mean.
 
-    `curves`: columns method, seed, budget, measured and `panel`, one value a method, seed, budget and panel.
+    `curves`: columns method, seed, budget, measured and `panel`, one value a method, seed, budget and panel. Panels
+    have one axis of accuracy, but of several tasks (a column task) one each.
     """
     if curves.duplicated(["method", "seed", "budget", panel]).any():
         raise ValueError(f"accuracy_by_budget shows one value a method, seed, budget and {panel}; filter the rest")
     steps = sorted(curves["budget"].unique())
     ticks = steps[::-(-len(steps) // 5)]
-    figure, panels = panels_of(curves, panel)
+    figure, panels = panels_of(curves, panel, sharey="task" not in curves or curves["task"].nunique() == 1)
     for axes, rows in panels:
         seed_lines(axes, rows, "budget", "measured")
         axes.set_xscale("log")
