@@ -121,9 +121,12 @@ def _marks(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 
 def _unchanged(run_dir: Path, entry: dict[str, Any], reads: list[Path]) -> bool:
     """Whether what a notebook made and read has its content still; the first file that has not is named."""
-    for kind, files in (("made", [run_dir / name for name in entry.get("made") or ()]), ("read", reads)):
-        before, now = entry.get(kind), _marks(run_dir, files)
-        for name in {**before, **now} if isinstance(before, dict) else ():
+    for kind in ("made", "read"):
+        before = entry.get(kind)
+        if not isinstance(before, dict):  # of an earlier version, or damaged
+            continue
+        now = _marks(run_dir, reads if kind == "read" else [run_dir / name for name in before])
+        for name in {**before, **now}:
             if before.get(name) != now.get(name):
                 print(f"{os.path.normpath(run_dir / name)} is not as it was {kind}: its notebook runs again", flush=True)
                 return False

@@ -32,8 +32,9 @@ from carma_lib.pooling_inputs import PROTOCOLS, check_inputs, check_reach, check
 
 DEPTH_SHARES = (0.01, 0.25, 0.5, 0.75, 1.0)
 
-# What the check found out about a model: the start layers that passed, and whether padding leaves its answer alone.
-_checked: WeakKeyDictionary[nn.Module, tuple[set[int], bool]] = WeakKeyDictionary()
+# What the check found out about a model, without autocast and with it: the start layers that passed, and whether
+# padding leaves its answer alone.
+_checked: WeakKeyDictionary[nn.Module, dict[bool, tuple[set[int], bool]]] = WeakKeyDictionary()
 
 
 class PoolingGrid(NamedTuple):
@@ -254,7 +255,8 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
 
 def _check_model(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], device: torch.device) -> bool:
     """Whether padded rows run together; refuses a model that is pooled wrongly at one of the start layers."""
-    passed, together = _checked.get(model, (set(), True))
+    exact = not torch.is_autocast_enabled(device.type)  # a check in bf16 says less
+    passed, together = _checked.get(model, {}).get(exact, (set(), True))
     if new := [layer for layer in layers if layer not in passed]:
         vocabulary = model.get_input_embeddings().weight.shape[0]
         input_ids = (torch.arange(14, device=device).view(2, 7) + vocabulary // 2) % vocabulary
@@ -265,7 +267,7 @@ def _check_model(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int],
             faults = [] if together else [_fault(model, blocks, new, *row, [row]) for row in alone]
         if fault := next(filter(None, faults), None):
             raise _refusal(model, fault)
-        _checked[model] = passed | set(new), together
+        _checked.setdefault(model, {})[exact] = passed | set(new), together
     return together
 
 

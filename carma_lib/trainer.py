@@ -88,8 +88,8 @@ class CarmaMixin:
             self._carma_attach()  # the first step, or another model or config since
         if not isinstance(inputs.get("input_ids", words), Tensor):
             raise ValueError("the batch has no input_ids to read words from: give constituent_ids (batch, tokens) with it")
-        ids, mask = inputs.get("input_ids", words), inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        ids = inputs.get("input_ids", words)
+        mask = self._carma_mask(inputs, ids)
         packed = inputs.get("position_ids") is None and getattr(self.args, "packing", False)  # and cut without a mark
         documents = document_ids(inputs.get("position_ids"), mask, ids,
                                  end_of_document=self._carma_tokenizer().eos_token_id if packed else None)
@@ -115,6 +115,25 @@ class CarmaMixin:
         self.record(**{name: values[name] for name in shares})
         self.record(**{f"weighted_{name}": value * values[name] for name, value in shares.items()})
         return (loss, found[1]) if return_outputs else loss
+
+    def _carma_mask(self, inputs: dict[str, Tensor], ids: Tensor) -> Tensor | None:
+        """1 for real tokens, or the number of a document, (batch, tokens); None where no token is padding.
+
+        Rows that TRL packs without a mask it may fill up with padding tokens at position 0.
+        """
+        mask, positions, labels = (inputs.get(name) for name in ("attention_mask", "position_ids", "labels"))
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask
+        if mask is not None and positions is None:
+            raise ValueError("the attention mask is not of the shape (batch, tokens), so it does not say what is padding "
+                             "and where documents end: give position_ids with it")
+        padding = getattr(self.processing_class, "pad_token_id", None)
+        if positions is None or padding is None:
+            return None
+        filled = ((positions[0] if positions.dim() == 3 else torch.atleast_2d(positions)) == 0) & (ids == padding)
+        if isinstance(labels, Tensor) and labels.shape == ids.shape:
+            filled &= labels == IGNORED
+        return 1 - filled.long().flip(1).cumprod(1).flip(1)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool,
                         ignore_keys=None):

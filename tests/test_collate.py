@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
+from tokenizers.processors import ByteLevel, TemplateProcessing
 from tiny import TEXTS, byte_level_tokenizer, metaspace_tokenizer, tiny_model
 from transformers import TrainingArguments
 
@@ -53,6 +54,8 @@ def test_phrases_come_from_the_rows_or_from_the_chunker():
     assert [i == 0 for i in ids] == [b <= 3 and ("An old bird."[a:b].strip() != "") for a, b in offsets]
     found = encode(rows("An old bird.").remove_columns("phrases"), tokenizer, suffix=' "', level="phrase")[0]
     assert [i == 0 for i in found["constituent_ids"]] == [a < len("An old bird") for a, b in offsets]
+    none = Dataset.from_list([{"text": "An old bird.", "target": "dog", "phrases": []}], features=rows("An old bird.").features)
+    assert encode(none, tokenizer, suffix=' "', level="phrase")[0]["constituent_ids"] == found["constituent_ids"], "as of a task without phrases"
 
 
 def test_targets_of_several_tokens():
@@ -372,6 +375,17 @@ def test_the_format_of_the_rows_changes_nothing(kind):
         assert encoding(plain.with_format(kind), tokenizer).to_list() == encoding(plain, tokenizer).to_list()
     with pytest.raises(ValueError, match="^the rows have a transform"):
         encode_text(plain.with_transform(lambda some: {"text": some["text"]}), tokenizer)
+
+
+@pytest.mark.parametrize("answer", ["token", "text"])
+def test_a_tokenizer_that_ends_every_prompt_is_refused(answer):
+    tokenizer = tokenizer_with_targets(byte_level_tokenizer)
+    end, post = tokenizer.eos_token, tokenizer.backend_tokenizer.post_processor
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)])
+    with pytest.raises(ValueError, match="row 0: the tokenizer ends every prompt with '"):
+        encode(rows("An old bird."), tokenizer, suffix=' "', answer=answer)
+    tokenizer.backend_tokenizer.post_processor = post or ByteLevel(trim_offsets=False)
+    assert len(encode(rows("An old bird."), tokenizer, suffix=f" {end}", answer="text")), "a prompt may end so of itself"
 
 
 def test_prompts_without_a_token_are_refused():

@@ -37,6 +37,8 @@ def test_gpt2_small_by_hand():
     tokens = 32 * 58
     blocks = 12 * tokens * (6 * 768 * 4 + (6 * 768 + 5 * 3072) * 4)
     assert estimate.activations == blocks + 32 * 50257 * 12 + 8 * tokens * 768 * 4
+    texts = estimate_memory(GPT2, RECIPE, tokens=58, predicted=58)  # whose logits are those of every token
+    assert texts.activations - estimate.activations == 57 * 32 * 50257 * 12
     assert estimate.total == estimate.weights + estimate.gradients + estimate.optimizer + estimate.activations
 
 

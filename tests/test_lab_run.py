@@ -18,7 +18,7 @@ from lab_cells import DICTIONARY, SENTIMENT, SMALL, block, cell_of, kill_one_at_
 from carma_lib.__main__ import SWEEP_EPILOG, build_parser, main
 from carma_lib.files import RunError, read_json
 from carma_lib.lab.cell import cell_folder, read_plan, save_plan
-from carma_lib.lab import tables
+from carma_lib.lab import tables, worker
 from carma_lib.lab.cluster import local_client, read_slurm
 from carma_lib.lab.estimate import estimate
 from carma_lib.lab.evaluate import asked_rows, split_prompts
@@ -253,6 +253,17 @@ def test_cells_trained_again_are_set_beside_the_archive(trained_run, tmp_path):
     other.drop(5).to_parquet(archive / "results.parquet")
     with pytest.raises(RunError, match="trained again it has other rows"):
         trained_again(cells, trained_run, archive)
+
+
+def test_what_will_be_asked_is_encoded_before_a_training(folder, monkeypatch):
+    """A text that is too long for a model is told then, not when hours of training are over."""
+    asked = []
+    monkeypatch.setattr(worker, "split_prompts", lambda folder, cell, split, texts=None: asked.append((split, texts)))
+    cell = cell_of("carma", rates=(0.25, 0.4), test_splits=("test_seen", "test_held_out"), changed_splits=("test_seen",))
+    worker.prepare(folder, [cell], 1, "tested")
+    assert [(split, texts is None) for split, texts in asked] == [
+        ("test_seen", True), ("test_held_out", True), ("test_seen", False), ("test_seen", False)]
+    assert all(len(texts) == cell.recipe.test_items for _, texts in asked[2:])
 
 
 def test_the_progress_of_a_cell_never_goes_back(trained_run, folder):

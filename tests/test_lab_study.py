@@ -239,6 +239,8 @@ def test_of_equal_trials_the_smaller_value_wins_and_tasks_end_at_steps_of_their_
     assert chosen(best_trials(equal)) == ({("t", "base"): 0.001}, {("t", "carma"): 0.3})
     longer = equal.assign(task="u", budget=equal.budget * 10)
     assert best_trials(pd.concat([equal, longer])).groupby("task").size().to_dict() == {"t": 2, "u": 2}
+    big = equal.assign(start="big", budget=equal.budget * 2)
+    assert chosen(best_trials(pd.concat([equal, big])))[0] == {("t", "base"): 0.001, ("t", "big"): 0.001}
     other = equal.assign(split="test_seen", measured=1 - equal.measured)
     pd.testing.assert_frame_equal(best_trials(pd.concat([equal, other])), best_trials(equal))
 

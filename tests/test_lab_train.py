@@ -288,13 +288,21 @@ def test_a_kept_adapter_is_found_with_its_start_and_tested_again(folder, tmp_pat
     tokenizer = train_tokenizer(rows["train"]["text"], vocabulary_size=400, whole_tokens=["positive", "neutral", "negative"])
     for part in (small_model("llama", tokenizer, layers=2, width=16, heads=2), tokenizer):
         part.save_pretrained(tmp_path / "start")
-    settings = dict(start=str(tmp_path / "start"), adapter="lora", lora_rank=4, precision="float32")
+    settings = dict(start=str(tmp_path / "start"), adapter="lora", lora_rank=4, precision="bf16")
     assert run([cell_of(**settings)], folder, client) == {}
     more = cell_of(**settings, rates=(0.4,))
-    assert is_trained(folder, more) and run([more], folder, client) == {}
-    shutil.move(tmp_path / "run", tmp_path / "moved")
-    shutil.move(tmp_path / "start", tmp_path / "elsewhere")
-    assert read_json(cell_folder(tmp_path / "moved", more) / "model" / "adapter_config.json")["base_model_name_or_path"].endswith("start")
+    weights = cell_folder(folder, more) / "model" / "adapter_model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert is_trained(folder, more) and run([more], folder, client) == {} and weights.stat().st_mtime_ns == written
+    kept = trained(folder, more).model
+    assert {each.dtype for name, each in kept.named_parameters() if "lora" not in name} == {torch.bfloat16}, "as in the training"
+    (tmp_path / "moved").mkdir()
+    for name in ("run", "start"):  # together, since the adapter names its start by the way from one to the other
+        shutil.move(tmp_path / name, tmp_path / "moved" / name)
+    moved = load_model(str(cell_folder(tmp_path / "moved" / "run", more) / "model"), dtype=torch.bfloat16)[0].eval()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        assert torch.equal(moved(ids).logits, kept.cpu()(ids).logits)
 
 
 def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path):

@@ -118,6 +118,16 @@ def test_the_check_runs_once_calls_no_hook_of_others_and_leaves_no_trace(monkeyp
     assert [module.training for module in model.modules()] == modes
 
 
+def test_what_passed_in_bf16_is_checked_again_in_float32(monkeypatch):
+    model, checks = tiny_family("llama"), []
+    real = pooling._fault
+    monkeypatch.setattr(pooling, "_fault", lambda *inputs: checks.append(inputs[2]) or real(*inputs))
+    for enabled in (True, True, False, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            pooling_grid(model, INPUT_IDS, MASK, EACH, start_layers=[1])
+    assert checks == [[1], [1]]
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mamba"])
 def test_bf16_passes_the_check_and_its_identity_is_exact(family, autocast):
@@ -125,7 +135,7 @@ def test_bf16_passes_the_check_and_its_identity_is_exact(family, autocast):
     model = model if autocast else model.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         grid = pooling_grid(model, INPUT_IDS, MASK, EACH, start_layers=[0, 2])
-        assert pooling._checked[model][1], "rows run together"
+        assert pooling._checked[model][not autocast][1], "rows run together"
     assert all(torch.equal(logits, grid.clean) for logits in grid.pooled.values())
 
 

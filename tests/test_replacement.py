@@ -450,7 +450,7 @@ def test_cache_equals_no_cache_and_is_used(tmp_path, monkeypatch):
 def test_cache_tells_calls_apart(tmp_path):
     calls = [{}, {"rate": 0.3}, {"seed": 2}, {"source": COLOURS}, {"source": {"red": ["crimson"]}},
              {"forbidden": ["film"] * len(SENTENCES)},
-             {"item_ids": list(range(len(SENTENCES)))},
+             {"item_ids": list(range(len(SENTENCES)))}, {"item_ids": ["None"] * len(SENTENCES)},
              {"source": functools.partial(synonym_forms, agreement=0.2)}]
     for number, call in enumerate(calls, start=1):
         arguments = {"rate": 0.4, "seed": 1, **call}

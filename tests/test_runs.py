@@ -84,6 +84,11 @@ ODD_STATUS = ["", "\0\0\0", "[]", "{}", '{"notebooks": []}', '{"notebooks": {"01
               '{"notebooks": {"01_wait": {"state": "done", "fingerprint": 3, "parameters": [], "seconds": "long"}}}', '{"notebooks": {"01_wai']
 
 
+def test_odd_marks_of_files_are_none(tmp_path):
+    for odd in ({}, {"made": 3}, {"made": ["a"], "read": "b"}):
+        assert notebooks._unchanged(tmp_path, odd, [])
+
+
 @pytest.mark.parametrize("text", ODD_STATUS)
 def test_an_odd_status_file_stops_neither_resume_nor_fresh(project, text):
     plan = manifest.make_plan("default", root=project)

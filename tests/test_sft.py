@@ -108,6 +108,18 @@ def test_documents_of_one_row_never_meet(tmp_path, monkeypatch, name):
     assert several
 
 
+def test_what_fills_rows_without_a_mask_up_is_padding(tmp_path, monkeypatch):
+    masks, terms = [], CarmaLoss.__call__
+    monkeypatch.setattr(CarmaLoss, "__call__", lambda self, states, words, mask, **more: (
+        masks.append((words, mask)), terms(self, states, words, mask, **more))[1])
+    monkeypatch.setitem(SCENARIOS, "filled up", (TEXT, {"padding_free": True, "max_length": None, "pad_to_multiple_of": 64}, {}))
+    for name in ("no padding", "filled up"):
+        trained(CarmaSFTTrainer, tmp_path, name, carma=CARMA)
+    for (plain, _), (filled, mask) in zip(masks[:2], masks[2:]):
+        assert filled.shape[1] % 64 == 0 and mask.sum() == plain.shape[1] < filled.shape[1]
+        assert torch.equal(filled[:, :plain.shape[1]], plain) and not mask[:, plain.shape[1]:].any()
+
+
 def test_no_name_of_the_mixin_is_one_of_the_base_trainers(tmp_path):
     trainer = trained(CarmaSFTTrainer, tmp_path, "text", carma=CARMA)
     base = trained(SFTTrainer, tmp_path, "text")

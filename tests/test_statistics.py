@@ -158,6 +158,23 @@ def test_macro_f1_by_hand(results):
     assert (line["low"], line["high"]) == pytest.approx(interval)
 
 
+@pytest.mark.parametrize("metric", [statistics.macro_f1, lambda rows: statistics.summarise(rows, "consist_syn")])
+def test_an_item_twice_for_one_seed_is_refused(results, metric):
+    rows = results[(results["method"] == "carma") & results["condition"].isin(["clean", "replaced"])]
+    again = rows[rows["condition"] == "clean"].iloc[:1]
+    with pytest.raises(ValueError, match="an item twice for one seed"):
+        metric(pd.concat([rows, again.assign(correct=~again["correct"])]))
+
+
+def test_scores_are_of_the_items_that_every_seed_answered(results):
+    rows = results[(results["method"] == "carma") & (results["condition"] == "clean")]
+    some = rows["item_id"].unique()[:2]
+    fewer = statistics.macro_f1(rows.drop(rows.index[rows["item_id"].isin(some) & (rows["seed"] == rows["seed"].min())])).iloc[0]
+    common = statistics.macro_f1(rows[~rows["item_id"].isin(some)]).iloc[0]
+    assert (fewer["estimate"], fewer["n_items"]) == (common["estimate"], common["n_items"])
+    assert "2 items not answered by every seed left out" in fewer["note"] and "left out" not in common["note"]
+
+
 def test_calibration_error_by_hand():
     rows = made_results(methods={"carma": 0.0}, seeds=2, items=4, rates=(), layers=())
     rows["correct"] = [True, False, True, True] * 2
@@ -299,6 +316,12 @@ def test_cv_ratio_against_scipy_permutation():
     assert inference.cv_ratio_test(first, second, draws=20).p >= 1 / 20   # the observed order is among them
 
 
+@pytest.mark.parametrize("second", [[0.50, 0.51, 0.52], [0.52, 0.51, 0.50]])
+def test_cv_ratio_of_values_that_move_in_step_is_not_certain(second):
+    found = inference.cv_ratio_test(np.array([0.50, 0.52, 0.54]), np.array(second))
+    assert found.estimate > 1.9 and np.isnan([found.low, found.high]).all() and "move in step: no interval" in found.note
+
+
 def test_cv_ratio_says_what_few_seeds_can_show():
     values = np.array([0.5, 0.51, 0.52, 0.53, 0.58])
     assert "no p below 0.0625" in inference.cv_ratio_test(values, values[::-1] ** 3).note
@@ -312,6 +335,8 @@ def test_effect_size_by_hand():
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     assert inference.effect_size(values) == pytest.approx(3 / np.sqrt(2.5) * 0.7979, rel=1e-4)
     assert np.isnan(inference.effect_size(values[:2])) and np.isnan(inference.effect_size(np.ones(5)))
+    many = np.tile(values, 100)
+    assert inference.effect_size(many) == pytest.approx(3 / many.std(ddof=1), rel=2e-3)
 
 
 def test_holm_against_statsmodels():
@@ -758,7 +783,7 @@ def test_differences_of_several_values_a_seed_are_refused():
 
 
 def test_a_claim_without_an_estimate_is_in_nobodys_favour():
-    families = pd.DataFrame({"start": "base", "name": "t: spread", "kind": ["cv ratio"] * 4 + ["difference"] * 2, "margin": np.nan,
+    families = pd.DataFrame({"start": "base", "name": "t: spread", "kind": ["cv ratio"] * 4 + ["difference"] * 2, "margin": np.nan, "metric": "accuracy",
                              "estimate": [0.9, 1.0, 1.1, np.nan, 0.1, np.nan], "low": np.nan, "high": np.nan, "outcome": "open"})
     counted = counted_claims(families)
     assert counted["tests"].item() == 6 and counted["in favour"].item() == 2

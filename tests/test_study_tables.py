@@ -35,6 +35,8 @@ def interval(differences):
 
 def test_rows_are_selected_by_value_by_list_and_up_to_rounding():
     table = pd.DataFrame(dict(rate=[0.1, 0.1 + 1e-12, 0.25, np.nan], split=["a", "b", "b", "c"], seed=[1, 2, 3, 4]))
+    kept = pd.DataFrame({"rate": [0.3333], "depth_share": [0.1667], "strength": [0.3333]})
+    assert len(select(kept, rate=1 / 3, depth_share=1 / 6)) == 1 and select(kept, strength=1 / 3).empty
     assert list(select(table, rate=0.1).seed) == [1, 2] and list(select(table, split="b", seed=[3, 4]).seed) == [3]
     assert list(select(table, split={"a": 0, "c": 0}).seed) == [1, 4] and len(select(table, split=[])) == 0
     assert list(select(table.astype({"split": "category"}), split="c").seed) == [4] and len(select(table)) == 4
@@ -51,6 +53,14 @@ def test_seed_differences_are_within_seeds():
         plain = table[(table.method == "fine_tuning") & (table.seed == row.seed)].measured.iloc[0]
         assert row.difference == row.measured - plain
     assert seed_differences(select(table, method="carma"), "measured", by=["task"]).empty
+
+
+def test_two_values_of_one_seed_are_neither_averaged_nor_multiplied():
+    table = values(("fine_tuning", "carma"), task="a", measure="perplexity_before")
+    twice = pd.concat([table, table.assign(measured=9.0)])
+    for asked in (lambda: seed_differences(twice, "measured", by=["task"]), lambda: forgetting(twice)):
+        with pytest.raises(ValueError, match="several values of one method and seed"):
+            asked()
 
 
 def test_methods_are_compared_by_question():
@@ -114,15 +124,19 @@ def test_predictors_are_slopes_per_standard_deviation():
     row = predictors(runs, {"x": "the measure"}).iloc[0]
     assert row.slope == pytest.approx(5) and row.runs == 12 and row.seeds == 6 and row.measure == "the measure"
     assert row.spearman == pytest.approx(stats.spearmanr(runs.x, runs.accuracy).statistic)
+    lacking = pd.concat([runs, runs.iloc[:1].assign(x=np.nan, seed=9)])
+    assert predictors(lacking, {"x": "the measure"}).iloc[0].equals(row)
 
 
 def test_claims_are_counted_by_question():
     lines = [("a: synonyms 10%", "difference", 0.1, 0.05, 0.2, np.nan, "shown"), ("b: synonyms 25 %", "difference", -0.1, -0.3, 0.1, np.nan, "open"),
-             ("a: spread", "cv ratio", 0.5, 0.3, 0.9, np.nan, "open"), ("a: preserved", "non-inferiority", -0.01, -0.015, 0.0, 0.02, "open")]
+             ("a: spread", "cv ratio", 0.5, 0.3, 0.9, np.nan, "open"), ("a: preserved", "non-inferiority", -0.01, -0.015, 0.0, 0.02, "open"),
+             ("a: drop", "difference", 0.05, 0.01, 0.09, np.nan, "the opposite shown"), ("b: drop", "difference", -0.05, -0.1, 0.1, np.nan, "open")]
     family = pd.DataFrame(lines, columns=["name", "kind", "estimate", "low", "high", "margin", "outcome"]).assign(start="base")
+    family["metric"] = np.where(family["name"].str.endswith("drop"), "pooling_drop", "accuracy")
     counted = counted_claims(family).loc["base"]
     assert counted.loc["synonyms"].tolist() == [2, 1, 1, 1] and counted.loc["spread"].tolist() == [1, 1, 1, 0]
-    assert counted.loc["preserved"].tolist() == [1, 0, 1, 0]
+    assert counted.loc["preserved"].tolist() == [1, 0, 1, 0] and counted.loc["drop"].tolist() == [2, 1, 1, 0]
     short = tables.claims_in_short(family)
     assert short["a: synonyms 10%"] == "+10.0 [5.0, 20.0] *" and short["a: spread"] == "0.50 [0.30, 0.90]"
 

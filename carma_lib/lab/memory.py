@@ -7,17 +7,17 @@ Bytes a process, from the configuration alone (weights are counted on the meta d
                  and 4 for each weight of an adapter
     gradients    4 a trained weight
     optimizer    8 a trained weight: Adam's two moments
-    activations  blocks × tokens × (6 d · 4 + (6 d + 5 f) · b) + rows × vocabulary × 12
+    activations  blocks × tokens × (6 d · 4 + (6 d + 5 f) · b) + rows × p × vocabulary × 12
                  + layers read by CARMA × tokens × 4 d bytes
 
-with d the width, f the width of the feed-forward part, b = 4 or 2 (bf16), t the tokens of the longest row, and
-tokens = rows of a forward pass × t. With activation checkpointing only 4 d per block and token stay, and one block
-whole. Eager attention adds blocks × heads × tokens × t × 3 b. These are the tensors that the backward pass reads (the
-residual stream and its norms in float32, the rest in b; compare arXiv 2205.05198, section 4, whose 34 bytes per token,
-block and unit of width in 16 bits are 17 numbers) and CARMA's gradient of each layer that it reads, in float32.
-Sharding over processes (FSDP) divides all but the activations. Not counted: the CUDA context (about half a GiB) and
-what other programs hold. The peaks of eight trainings of GPT-2 and Llama models of 4 blocks, width 256, on a CPU were
-86 to 102 % of this.
+with d the width, f the width of the feed-forward part, b = 4 or 2 (bf16), t the tokens of the longest row, and tokens =
+rows of a forward pass × t, and p the tokens of a row that have logits: the last one, or all where answers are texts.
+With activation checkpointing only 4 d per block and token stay, and one block whole. Eager attention adds blocks ×
+heads × tokens × t × 3 b. These are the tensors that the backward pass reads (the residual stream and its norms in
+float32, the rest in b; compare arXiv 2205.05198, section 4, whose 34 bytes per token, block and unit of width in 16
+bits are 17 numbers) and CARMA's gradient of each layer that it reads, in float32. Sharding over processes (FSDP)
+divides all but the activations. Not counted: the CUDA context (about half a GiB) and what other programs hold. The
+peaks of eight trainings of GPT-2 and Llama models of 4 blocks, width 256, on a CPU were 86 to 102 % of this.
 """
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ class MemoryEstimate(NamedTuple):
         return sum(self)
 
 
-def estimate_memory(config: PretrainedConfig, recipe: Recipe, *, tokens: int) -> MemoryEstimate:
-    """The estimate of the module's formula. tokens: of the longest row with its prompt."""
+def estimate_memory(config: PretrainedConfig, recipe: Recipe, *, tokens: int, predicted: int = 1) -> MemoryEstimate:
+    """The estimate of the module's formula. tokens: of the longest row with its prompt; predicted: so many of them have logits."""
     everything, linear, widths = _count(type(config), config.to_json_string(use_diff=False))
     adapter, shards = recipe.lora_rank * widths, recipe.processes
     trained = everything if recipe.adapter == "none" else adapter
     weights = {"none": everything * 4 + recipe.bf16 * linear * 2, "qlora": 0.52 * linear + 2 * (everything - linear) + 4 * adapter,
                "lora": everything * (2 if recipe.bf16 else 4) + 4 * adapter}[recipe.adapter]
     return MemoryEstimate(int(weights / shards), 4 * trained // shards, 8 * trained // shards,
-                          _activations(config, recipe, tokens))
+                          _activations(config, recipe, tokens, predicted))
 
 
-def _activations(config: PretrainedConfig, recipe: Recipe, tokens: int) -> int:
+def _activations(config: PretrainedConfig, recipe: Recipe, tokens: int, predicted: int) -> int:
     text, number = config.get_text_config(), 2 if recipe.bf16 else 4
     width, rows = text.hidden_size, recipe.rows_a_pass
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
@@ -80,7 +80,7 @@ def _activations(config: PretrainedConfig, recipe: Recipe, tokens: int) -> int:
     if recipe.activation_checkpointing:
         blocks = text.num_hidden_layers * rows * tokens * width * 4 + block
     read = len(recipe.carma.for_depth(text.num_hidden_layers).layers)
-    return blocks + rows * text.vocab_size * 12 + read * rows * tokens * width * 4
+    return blocks + rows * predicted * text.vocab_size * 12 + read * rows * tokens * width * 4
 
 
 @lru_cache(maxsize=8)
@@ -146,11 +146,11 @@ def _cheaper(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield ", ".join(f"{name}={value!r}" for name, value in way.items()), recipe.but(**way)
 
 
-def memory_table(config: PretrainedConfig, recipe: Recipe, *, tokens: int, workers: int = 1) -> pd.DataFrame:
+def memory_table(config: PretrainedConfig, recipe: Recipe, *, tokens: int, predicted: int = 1, workers: int = 1) -> pd.DataFrame:
     """The recipe as asked for, then cheaper ones: GiB of each part for all `workers`, total, and whether it fits."""
     free, rows = available_memory()[0], []
     for name, each in (("as asked for", recipe), *_cheaper(recipe)):
-        estimate = estimate_memory(config, each, tokens=tokens)
+        estimate = estimate_memory(config, each, tokens=tokens, predicted=predicted)
         times = workers * (1 if torch.cuda.is_available() else each.processes)  # processes have a GPU each
         parts = {**estimate._asdict(), "total": estimate.total}
         rows.append({"settings": name, **{part: times * size / GIB for part, size in parts.items()},
@@ -158,10 +158,10 @@ def memory_table(config: PretrainedConfig, recipe: Recipe, *, tokens: int, worke
     return pd.DataFrame(rows)
 
 
-def check_memory(config: PretrainedConfig, recipe: Recipe, *, tokens: int, workers: int = 1) -> None:
+def check_memory(config: PretrainedConfig, recipe: Recipe, *, tokens: int, predicted: int = 1, workers: int = 1) -> None:
     """`NotEnoughMemory` if `workers` trainings at a time do not fit, naming the first cheaper way that does."""
     free, where = available_memory()
-    table = memory_table(config, recipe, tokens=tokens, workers=workers)
+    table = memory_table(config, recipe, tokens=tokens, predicted=predicted, workers=workers)
     asked, fitting = table.iloc[0], table[table["fits"]]
     if asked["fits"]:
         return

@@ -121,8 +121,13 @@ def start_model(folder: Path, cell: Cell) -> Any:
         return load_model(str(make_base(folder, cell)))[0]
     if not recipe.has_pretrained_weights:
         return random_model(recipe.pretrained, seed=cell.seed)
-    dtype = torch.bfloat16 if recipe.bf16 and recipe.adapter != "none" else torch.float32
-    return load_model(recipe.start, dtype=dtype, four_bits=recipe.adapter == "qlora")[0]
+    return load_model(recipe.start, **weights_of(recipe))[0]
+
+
+def weights_of(recipe: Recipe) -> dict[str, Any]:
+    """How `load_model` loads a pretrained start, and what was trained from it: frozen weights in bf16 or in four bits."""
+    frozen = recipe.adapter != "none" and recipe.has_pretrained_weights
+    return {"dtype": torch.bfloat16 if recipe.bf16 and frozen else torch.float32, "four_bits": recipe.adapter == "qlora"}
 
 
 def make_base(folder: Path, cell: Cell) -> Path:

@@ -191,7 +191,7 @@ def best_trials(measures: pd.DataFrame) -> pd.DataFrame:
     Of equal ones the smaller value wins.
     """
     found = measures[(measures["measure"] == "accuracy") & (measures["split"] == "validation")]
-    found = found[found["budget"] == found.groupby("task")["budget"].transform("max")]
+    found = found[found["budget"] == found.groupby(["task", "start"])["budget"].transform("max")]
     keys = ["task", "start", "method"]
     means = found.groupby([*keys, "learning_rate", "strength"], dropna=False)["measured"].agg(["mean", "count"]).reset_index()
     means["tried"] = means.groupby(keys)["mean"].transform("size")

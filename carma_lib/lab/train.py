@@ -20,7 +20,7 @@ from carma_lib.collate import Collator, encode
 from carma_lib.files import RunError, check_folder, read_json, sha256_of, whole_file, whole_folder, write_json, write_checksums
 from carma_lib.lab.cell import TRAINING_RULES, Cell, cell_folder, checksums_of, finished_facts, is_trained, training_mark, write_facts
 from carma_lib.lab.evaluate import asked_rows, clean_answers, test_splits
-from carma_lib.lab.start import answer_column, one_gpu, prompt_of, start_model, steps_of, tokenizer_of, training_rows
+from carma_lib.lab.start import answer_column, one_gpu, prompt_of, start_model, steps_of, tokenizer_of, training_rows, weights_of
 from carma_lib.models import add_adapter, load_model, save_adapter
 from carma_lib.methods import make_trainer
 from carma_lib.tasks import task_named
@@ -49,7 +49,7 @@ def trained(folder: Path, cell: Cell) -> Trained:
         model = start_model(folder, cell)
         return Trained(_on_device(model.eval()), [], [], {"budget": 0, "training_seconds": 0.0})
     if is_trained(folder, cell):
-        model = load_model(str(own / "model"), dtype=torch.float32)[0]
+        model = load_model(str(own / "model"), **weights_of(cell.recipe))[0]
         on_the_way = [pd.read_parquet(own / "on_the_way.parquet")] if (own / "on_the_way.parquet").is_file() else []
         facts = finished_facts(own / "trained.json")
         return Trained(_on_device(model.eval()), on_the_way, facts["measures"], facts)
@@ -70,7 +70,7 @@ def _train(folder: Path, cell: Cell, own: Path, steps: int) -> Trained:
     on_the_way = _Tests(folder, cell, steps, work)
     if resumes and not on_the_way.restored():
         shutil.rmtree(work)
-        resumes = _open_work(folder, cell, work)
+        resumes, on_the_way = _open_work(folder, cell, work), _Tests(folder, cell, steps, work)
     trainer = make_trainer(
         cell.method, model, _arguments(work, cell, steps), carma=recipe.carma, strength=cell.strength,
         train_dataset=training_rows(folder, cell), eval_dataset=_validation_rows(folder, cell) if best else None,

@@ -19,13 +19,14 @@ import transformers
 
 from carma_lib.files import locked, whole_file
 from carma_lib.lab.cell import RULES, Cell, cell_folder, checksums_of, is_tested, is_trained, testing_mark, write_facts
-from carma_lib.lab.evaluate import changed_answers, finish, replacements, test_splits
+from carma_lib.lab.evaluate import changed_answers, finish, replacements, split_prompts, test_splits
 from carma_lib.lab.measure import measured
 from carma_lib.lab.memory import check_loading, check_memory
 from carma_lib.lab.recipe import EXAMPLES
 from carma_lib.lab.start import config_of, make_base, steps_of, tokenizer_of, training_rows
 from carma_lib.lab.train import Trained, tested_clean, trained
 from carma_lib.synonyms.wordnet import wordnet
+from carma_lib.tasks import task_named
 
 Stage = Literal["trained", "tested"]
 
@@ -57,12 +58,17 @@ def prepare(folder: Path, cells: list[Cell], sharing: int, stage: Stage) -> None
         rows, config = training_rows(folder, to_train[0]), config_of(first)
         if first.recipe.has_pretrained_weights:
             check_loading(first.recipe.start, config, first.recipe)
-        check_memory(config, first.recipe, tokens=max(len(row["input_ids"]) for row in rows), workers=sharing)
+        longest = max(len(row["input_ids"]) for row in rows)
+        check_memory(config, first.recipe, tokens=longest, workers=sharing,
+                     predicted=1 if task_named(first.task).answer == "token" else longest)
     if stage == "tested" and not all(cell.trial for cell in cells):
         if EXAMPLES in first.recipe.plain_texts:
             wordnet()  # else its lack would be told after the training
+        for split in test_splits(folder, first):  # else a text that is too long would be told after the training
+            split_prompts(folder, first, split)
         for split in first.recipe.changed_splits or test_splits(folder, first):
-            replacements(folder, first, split)
+            for texts, _ in replacements(folder, first, split).values():
+                split_prompts(folder, first, split, texts=texts)
 
 
 def prepare_base(folder: Path, cell: Cell, *after: Any) -> None:

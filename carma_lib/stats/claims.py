@@ -205,7 +205,7 @@ def _compare(results: pd.DataFrame, claim: dict, curves: pd.DataFrame | None) ->
 def _curve_verdict(curves: pd.DataFrame | None, *keys: dict) -> str:
     """What the learning curves of the compared runs, up to their budgets, say; one verdict if both say the same."""
     said = {}
-    for key in keys if curves is not None else ():
+    for key in keys if curves is not None and "validation_accuracy" in curves else ():
         rows = curves[(curves["step"] <= key["budget"]) & curves["validation_accuracy"].notna()]
         for name in ("task", "method", "start", "model"):
             rows = rows[rows[name].astype(str) == str(key[name])] if name in rows else rows

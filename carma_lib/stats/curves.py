@@ -73,6 +73,12 @@ def curve_summary(measures: pd.DataFrame, *, level: float) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def check_one_value(table: pd.DataFrame, by: Sequence[str]) -> None:
+    """`ValueError` where a table holds several values of one method and seed that the columns `by` do not tell apart."""
+    if table.duplicated([*by, "method", "seed"]).any():
+        raise ValueError(f"the table holds several values of one method and seed, told apart by none of {list(by)}: filter it first")
+
+
 def paired_differences(table: pd.DataFrame, value: str, *, by: Sequence[str], method: str = "carma",
                        baseline: str = "fine_tuning") -> pd.DataFrame:
     """Method minus baseline of one value a seed, by the columns `by`: estimate, low, high (95 %, t over seeds), n_seeds.
@@ -81,8 +87,7 @@ def paired_differences(table: pd.DataFrame, value: str, *, by: Sequence[str], me
     several values of one method and seed.
     """
     lines = []
-    if table.duplicated([*by, "method", "seed"]).any():
-        raise ValueError(f"the table holds several values of one method and seed, told apart by none of {list(by)}: filter it first")
+    check_one_value(table, by)
     for key, rows in table.groupby(list(by), dropna=False, sort=False, observed=True):
         wide = rows.pivot_table(index="seed", columns="method", values=value, observed=True)
         for name in wide.columns if baseline in wide else ():

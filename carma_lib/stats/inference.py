@@ -11,7 +11,7 @@ from typing import Iterable, NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
-from scipy.special import gamma
+from scipy.special import gammaln
 from statsmodels.stats.multitest import multipletests
 
 from carma_lib.stats.intervals import check_confidence, critical_value, crossed_interval, tail_probability
@@ -194,11 +194,13 @@ def cv_ratio_test(first: np.ndarray, second: np.ndarray, *, confidence: float = 
         shifts = np.abs(one - two)
     p = float((shifts >= shifts[0] - 1e-12).mean())
     variance_ratio = first.var(ddof=1) / second.var(ddof=1)
-    t = stats.t.ppf((1 + confidence) / 2, n - 2)
-    k = 1 + 2 * (1 - np.corrcoef(first, second)[0, 1] ** 2) * t**2 / (n - 2)
+    t, apart = stats.t.ppf((1 + confidence) / 2, n - 2), 1 - np.corrcoef(first, second)[0, 1] ** 2
+    k = 1 + 2 * apart * t**2 / (n - 2)
     low, high = np.sqrt(variance_ratio * (k + np.array([-1, 1]) * np.sqrt(max(k**2 - 1, 0))))
-    note = f"{n} seeds: no p below {2 / 2**n:.3g} is possible" if 2 / 2**n >= 1 - confidence else ""
-    return Comparison(np.sqrt(variance_ratio), low, high, p, np.nan, note)
+    notes = [f"{n} seeds: no p below {2 / 2**n:.3g} is possible"] if 2 / 2**n >= 1 - confidence else []
+    if apart < 1e-9:  # the formula would give an interval without width
+        low, high, notes = np.nan, np.nan, [*notes, "both methods' values move in step: no interval"]
+    return Comparison(np.sqrt(variance_ratio), low, high, p, np.nan, "; ".join(notes))
 
 
 def effect_size(differences: np.ndarray) -> float:
@@ -212,7 +214,7 @@ def effect_size(differences: np.ndarray) -> float:
     deviation = np.std(differences, ddof=1) if freedom > 1 else 0.0
     if deviation < 1e-12:
         return np.nan
-    return float(np.mean(differences) / deviation * gamma(freedom / 2) / gamma((freedom - 1) / 2)
+    return float(np.mean(differences) / deviation * np.exp(gammaln(freedom / 2) - gammaln((freedom - 1) / 2))
                  / np.sqrt(freedom / 2))
 
 

@@ -116,6 +116,8 @@ def _with_clean(results: pd.DataFrame, metric: Metric) -> pd.DataFrame:
         return results[wanted]
     asked = results.groupby([*RUN_COLUMNS, "seed", "item_id"], observed=True, sort=False).ngroup().to_numpy()
     clean = (results["condition"] == "clean").to_numpy()
+    if np.bincount(asked[clean], minlength=1).max() > 1:
+        raise ValueError("duplicate rows: an item twice for one seed among clean answers; read each run once")
 
     def before(values: np.ndarray) -> np.ndarray:
         found = np.full(asked.max() + 1, np.nan)
@@ -222,6 +224,12 @@ def _over_seeds(results: pd.DataFrame, metric: str, value: Callable[[pd.DataFram
     """A metric that is no sum over items: one value a seed, Student's t interval over seeds alone."""
     lines = []
     for _, rows in results.groupby(CELL_COLUMNS, observed=True, dropna=False, sort=False):
+        if rows.duplicated(["seed", "item_id"]).any():
+            raise ValueError("duplicate rows: an item twice for one seed; read each run once")
+        answered = rows.groupby("item_id", observed=True)["seed"].transform("nunique") == rows["seed"].nunique()
+        left_out, rows = rows.loc[~answered, "item_id"].nunique(), rows[answered]
+        if rows.empty:
+            continue
         values = np.array([[value(of_seed)] for _, of_seed in rows.groupby("seed")])
         found = crossed_interval(values, confidence=confidence)
         low, high = np.clip(found[1:3], 0, 1)
@@ -229,7 +237,7 @@ def _over_seeds(results: pd.DataFrame, metric: str, value: Callable[[pd.DataFram
             "metric": metric, "estimate": found.estimate, "low": low, "high": high,
             "n_items": rows["item_id"].nunique(), "n_seeds": len(values),
             "note": ("one seed: no interval" if len(values) == 1 else "all values the same: no interval" if np.isnan(low)
-                     else "interval over seeds only")})
+                     else "interval over seeds only") + f"; {left_out} items not answered by every seed left out" * (left_out > 0)})
     return pd.DataFrame(lines)
 
 

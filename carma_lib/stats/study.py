@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from carma_lib.stats.curves import clustered_slope, curve_summary, paired_differences
+from carma_lib.stats.curves import check_one_value, clustered_slope, curve_summary, paired_differences
 from carma_lib.stats.inference import FILTER_COLUMNS
-from carma_lib.stats.metrics import per_seed
+from carma_lib.stats.metrics import METRICS, per_seed
 from carma_lib.stats.table import select
 
 #: What tells the trainings of a learning curve apart, beside method and seed.
@@ -19,6 +19,7 @@ _SETUP = ["task", "start", "training_items", "split"]
 
 def seed_differences(table: pd.DataFrame, value: str, *, by: Sequence[str], baseline: str = "fine_tuning") -> pd.DataFrame:
     """Each row of another method with the column `difference`: its value minus the baseline's of the same seed and `by`."""
+    check_one_value(select(table, method=baseline), by)
     plain = select(table, method=baseline)[[*by, "seed", value]]
     pairs = table[table["method"] != baseline].merge(plain, on=[*by, "seed"], suffixes=("", "_baseline"))
     return pairs.assign(difference=pairs[value] - pairs[f"{value}_baseline"])
@@ -46,8 +47,9 @@ def forgetting(measures: pd.DataFrame) -> pd.DataFrame:
     measures: `perplexity_before` and `perplexity_after`, one value a task, method and seed. The interval (from, to) is
     Student's over seeds, on logarithms.
     """
-    wide = select(measures, measure=["perplexity_before", "perplexity_after"]).pivot_table(
-        index=["task", "method", "seed"], columns="measure", values="measured").reset_index()
+    asked = select(measures, measure=["perplexity_before", "perplexity_after"])
+    check_one_value(asked, ["task", "measure"])
+    wide = asked.pivot(index=["task", "method", "seed"], columns="measure", values="measured").reset_index()
     wide = wide.assign(growth=np.log(wide["perplexity_after"] / wide["perplexity_before"]))
     found = paired_differences(wide, "growth", by=["task"], method="")
     names = {"method_estimate": "perplexity, after over before", "baseline_estimate": "fine-tuning", "estimate": "ratio",
@@ -114,10 +116,11 @@ def predictors(runs: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
     lines = []
     for (task, start), rows in runs.groupby(["task", "start"], observed=True):
         for measure, name in names.items():
-            standard = rows.assign(x=(rows[measure] - rows[measure].mean()) / rows[measure].std(ddof=1))
+            known = rows.dropna(subset=[measure, "accuracy"])
+            standard = known.assign(x=(known[measure] - known[measure].mean()) / known[measure].std(ddof=1))
             fit = clustered_slope(standard, "x", "accuracy", control="method")
             lines.append({"task": task, "start": start, "measure": name, "slope": 100 * fit.slope, "low": 100 * fit.low,
-                          "high": 100 * fit.high, "p": fit.p, "spearman": spearmanr(rows[measure], rows["accuracy"]).statistic,
+                          "high": 100 * fit.high, "p": fit.p, "spearman": spearmanr(known[measure], known["accuracy"]).statistic,
                           "runs": fit.runs, "seeds": fit.clusters})
     return pd.DataFrame(lines)
 
@@ -125,13 +128,14 @@ def predictors(runs: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
 def counted_claims(families: pd.DataFrame) -> pd.DataFrame:
     """By start and question: how many claims of `primary_comparisons` there are, in favour, clear, and shown.
 
-    In favour: the estimate is on the method's side (more, or a smaller spread). Interval clear: of no difference, for
+    In favour: the estimate is on the method's side (more, of some metrics less, or a smaller spread). Interval clear: of no difference, for
     non-inferiority of minus the margin. A claim's question is its name without the task and the rate.
     """
     ratio = families["kind"] == "cv ratio"
     edge = ratio.astype(float) - families["margin"].fillna(0)
+    sign = [-1 if METRICS[metric].lower_is_better else 1 for metric in families["metric"]]
     counted: dict[str, Any] = {
-        "in favour": (families["estimate"] < 1) & ratio | (families["estimate"] > 0) & ~ratio,
+        "in favour": np.where(ratio, families["estimate"] < 1, families["estimate"] * sign > 0),
         "interval clear": (families["low"] > edge) | (families["high"] < edge),
         "after correction": families["outcome"] == "shown"}
     question = families["name"].str.partition(": ")[2].str.replace(r" \d+ ?%", "", regex=True)

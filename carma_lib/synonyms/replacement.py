@@ -248,7 +248,7 @@ def _cache_key(texts: list, item_ids: list, forbidden: list, rate: float, seed: 
         raise ValueError("a cache needs the default source or a dict; leave cache_dir out for a function")
     words = [[word] if isinstance(word, str) else sorted(word or ()) for word in forbidden]
     return fingerprint(RULES, version("textblob"), version("lemminflect"), content, float(rate), int(seed),
-                       texts, list(map(str, item_ids)), words)
+                       texts, [item if item is None else str(item) for item in item_ids], words)
 
 
 class _Dictionary(dict):
