@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from textwrap import shorten
+from textwrap import fill, shorten
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,9 +21,10 @@ from carma_lib.report.style import COLUMN, METHOD_COLOURS, name_lines, panels_of
 
 CELL = 0.125  # inches of a token in a map, so that its name in 7 pt fits
 ROLES = ("no part", "a negative that was not drawn", "a drawn negative: pushed away", "a positive: pulled together")
-_ROLE_COLOURS = ("#ffffff", "#dcdcdc", METHOD_COLOURS["fine_tuning"], METHOD_COLOURS["carma"])
+THREE = ("#332288", "#cc6677", "#44aa99")  # of Paul Tol's colour-blind palette "muted"; no method has one of them
+_ROLE_COLOURS = ("#ffffff", "#dcdcdc", THREE[1], THREE[0])
 TEXTS = {"wordnet": "WordNet definitions", "sst": "SST sentences", "many_pieces": "WordNet, small pieces"}
-PROTOCOL_LOOKS = {"sum": ("#0173b2", "o"), "mean": ("#de8f05", "s"), "max": ("#029e73", "^")}
+PROTOCOL_LOOKS = dict(zip(("sum", "mean", "max"), zip(THREE, "os^")))
 
 
 @styled
@@ -81,10 +82,10 @@ def token_movement(movement, pull, tokens: Sequence[str]) -> Figure:
 def attention_maps(maps: Mapping[str, tuple[object, Sequence[str]]]) -> Figure:
     """Attention weights with the names of their positions, a panel a title: a row reads, a column is read.
 
-    Names go beside the rows with their numbers; the columns have the numbers. Darker is more, up to 0.3.
+    Names go beside the rows with their numbers; the columns have the numbers. Darker is more; above 0.3 all are alike.
     """
     heights = [CELL * len(names) + 0.2 for _, names in maps.values()]
-    figure, panels = plt.subplots(len(maps), 1, figsize=(COLUMN, sum(heights) + 0.5 * len(maps) + 0.4), squeeze=False,
+    figure, panels = plt.subplots(len(maps), 1, figsize=(COLUMN, sum(heights) + 0.7 * len(maps) + 0.4), squeeze=False,
                                   height_ratios=heights)
     for axes, (title, (weights, names)) in zip(panels.flat, maps.items()):
         beside = [f"{shorten(name, 21, placeholder='…')}  {place}" for place, name in enumerate(names, 1)]
@@ -93,9 +94,8 @@ def attention_maps(maps: Mapping[str, tuple[object, Sequence[str]]]) -> Figure:
         step = 1 + len(names) // 7
         axes.set_xticks(np.arange(0, len(names), step) + 0.5, range(1, len(names) + 1, step), rotation=0)
         axes.tick_params(length=0, labelsize=7)
-        axes.set_title(title)
-    panels[-1, 0].set_xlabel("position that is read")
-    figure.colorbar(panels[0, 0].collections[0], ax=panels, location="bottom", aspect=30, label="attention weight")
+        axes.set(title=title, xlabel="position that is read")
+    figure.colorbar(panels[0, 0].collections[0], ax=panels, location="bottom", aspect=30, label="attention weight", extend="max")
     return figure
 
 
@@ -105,7 +105,7 @@ def losses_by_step(runs: Mapping[str, pd.DataFrame], again: Mapping[str, pd.Data
 
     `runs` and `again`: name → a table with the columns step, task_loss, mutual_information, stability.
     """
-    titles = {"task_loss": "task loss", "mutual_information": "mutual information", "stability": "stability"}
+    titles = {"task_loss": "task loss", "mutual_information": "mutual-information loss", "stability": "stability loss"}
     figure, panels = plt.subplots(3, 1, figsize=(COLUMN, 4.3), sharex=True)
     colours = [METHOD_COLOURS["fine_tuning"], METHOD_COLOURS["carma"], "#029e73", "#555555"]
     for axes, column in zip(panels, titles):
@@ -115,7 +115,7 @@ def losses_by_step(runs: Mapping[str, pd.DataFrame], again: Mapping[str, pd.Data
             some = table.iloc[::max(1, len(table) // 12)]
             axes.plot(some["step"], some[column], "o", markerfacecolor="none", markeredgecolor="black", markersize=4.5,
                       markeredgewidth=0.8, label=name)
-        axes.set_ylabel(titles[column])
+        axes.set_ylabel(fill(titles[column], 12))
     panels[-1].set_xlabel("training step")
     figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center")
     return figure
@@ -178,7 +178,7 @@ def step_costs(costs: pd.DataFrame) -> Figure:
     """
     shown = costs[costs["method"] == "carma"]
     figure, panels = panels_of(shown.assign(place=shown["model"] + ":\n" + shown["device"]), "place", height=2.0)
-    looks = dict(zip(dict.fromkeys(shown["text"]), zip(("#0173b2", "#de8f05", "#029e73"), "os^")))
+    looks = dict(zip(dict.fromkeys(shown["text"]), zip(THREE, "os^")))
     sizes = sorted(shown["batch"].unique())
     for axes, here in panels:
         axes.axhline(0, color="black", linewidth=0.8)

@@ -22,7 +22,7 @@ _HEADINGS = {"accuracy": "accuracy", "cv_accuracy": "CV of accuracy", "consist_s
              "cv_consist_syn": "CV of ConsistSyn"}
 
 
-def paper_table(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
+def paper_table(results: pd.DataFrame) -> pd.DataFrame:
     """Model × method × rate: accuracy and ConsistSyn with their CVs across seeds, as the paper arranges them.
 
     One row a run (task, split, model, start, budget, method), source of synonyms and rate; rate 0 is the
@@ -33,8 +33,8 @@ def paper_table(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFr
     unpooled = results[results["condition"] != "pooled"]
     parts = {}
     for metric in ("accuracy", "consist_syn") if (unpooled["condition"] == "replaced").any() else ("accuracy",):
-        parts[metric] = summarise(unpooled, metric, confidence=confidence)
-        parts[f"cv_{metric}"] = coefficient_of_variation(unpooled, metric, confidence=confidence)
+        parts[metric] = summarise(unpooled, metric)
+        parts[f"cv_{metric}"] = coefficient_of_variation(unpooled, metric)
     table = parts["accuracy"][[*keys, "n_items", "n_seeds"]]
     for name, part in parts.items():
         names = {"estimate": name, "low": f"{name}_low", "high": f"{name}_high", "note": f"{name}_note"}

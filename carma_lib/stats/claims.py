@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from carma_lib.stats.curves import still_rising
-from carma_lib.stats.inference import (FEWEST_SEEDS, FILTER_COLUMNS, NotComparable, bootstrap_interval, cv_ratio_test,
+from carma_lib.stats.inference import (FEWEST_SEEDS, FILTER_COLUMNS, NotComparable, cv_ratio_test,
                                        effect_size, holm, pair, paired_test, power)
 from carma_lib.stats.metrics import METRICS, counted_items
 from carma_lib.stats.table import METHOD_LABELS, select, task_label
@@ -20,7 +20,7 @@ KINDS = ("difference", "non-inferiority", "cv ratio")
 #: What `default_claims` asks, in this order.
 QUESTIONS = ("new combinations", "longer texts", "synonyms", "pooling", "spread across seeds", "performance preserved")
 _NEEDED = ("name", "kind", "metric", "method", "baseline")
-_NUMBERS = ("estimate", "low", "high", "p", "holm_p", "bootstrap_low", "bootstrap_high", "effect_size",
+_NUMBERS = ("estimate", "low", "high", "p", "holm_p", "effect_size",
             "method_estimate", "baseline_estimate", "standard_error", "seed_deviation")
 _Question = tuple[str, str, str, dict]  # name, kind, metric and filters of a claim
 
@@ -135,7 +135,7 @@ def primary_comparisons(results: pd.DataFrame, plan: list[dict], *, curves: pd.D
 
     Columns: name, kind, metric, method, baseline, the filters, margin, method_estimate, baseline_estimate, estimate
     (method minus baseline in shares, or the ratio of the two CVs), low, high (`crossed_interval`; Pitman and Morgan's
-    for a ratio), p, holm_p, bootstrap_low, bootstrap_high (`bootstrap_interval`), effect_size (d_z), standard_error,
+    for a ratio), p, holm_p, effect_size (d_z), standard_error,
     seed_deviation (of the paired differences), n_items (in either method's denominator), n_seeds, steps (training
     steps of the method), curve (what `still_rising` says of both methods there; empty without curves), note,
     outcome ('shown', 'the opposite shown', 'open' or 'not tested', of the claim that the method is better, no worse or
@@ -191,9 +191,8 @@ def _compare(results: pd.DataFrame, claim: dict, curves: pd.DataFrame | None) ->
             if line["n_items"] < FEWEST_ITEMS:
                 found = found._replace(p=np.nan)
             estimates = [value.mean() for value in values]
-            low, high = bootstrap_interval(first, second)
             difference = values[0] - values[1]
-            line |= {"bootstrap_low": low, "bootstrap_high": high, "effect_size": effect_size(difference),
+            line |= {"effect_size": effect_size(difference),
                      "seed_deviation": difference.std(ddof=1) if len(difference) > 1 else np.nan}
     except NotComparable as reason:
         return line | {"note": str(reason)}

@@ -13,10 +13,10 @@ from scipy import stats
 from scipy.integrate import trapezoid
 
 from carma_lib.stats.inference import FEWEST_SEEDS
-from carma_lib.stats.intervals import check_confidence, crossed_interval
+from carma_lib.stats.intervals import CONFIDENCE, crossed_interval
 
 
-def still_rising(curves: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
+def still_rising(curves: pd.DataFrame) -> pd.DataFrame:
     """Does validation accuracy still rise where training ends? A row a task × method (× start × model).
 
     `curves`: columns task, method, seed, step, validation_accuracy (a share), and start or model if there are several;
@@ -28,7 +28,6 @@ def still_rising(curves: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFr
     else "still rises" or "falls" if the interval lies on one side of zero, else "cannot be told" with the reason. With
     fewer than three seeds there is an estimate only.
     """
-    check_confidence(confidence)
     if lacking := [name for name in ("task", "method", "seed", "step", "validation_accuracy") if name not in curves]:
         raise ValueError(f"the learning curves lack the columns {lacking}")
     keys = [name for name in ("task", "method", "start", "model") if name in curves]
@@ -39,7 +38,7 @@ def still_rising(curves: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFr
         late = rows[rows["step"] >= first].groupby("seed").filter(lambda each: each["step"].nunique() > 1)
         slopes = [np.polyfit(each["step"], each["validation_accuracy"], 1)[0] for _, each in late.groupby("seed")]
         slope = np.mean(slopes) if slopes else np.nan
-        half = stats.t.ppf((1 + confidence) / 2, len(slopes) - 1) * stats.sem(slopes) if len(slopes) > 1 else np.nan
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, len(slopes) - 1) * stats.sem(slopes) if len(slopes) > 1 else np.nan
         low, high = slope - half, slope + half
         verdict = ("cannot be told (fewer than three seeds)" if len(slopes) < FEWEST_SEEDS else
                    "has levelled" if max(abs(low), abs(high)) * (steps[-1] - first) <= 0.01 else
@@ -113,7 +112,7 @@ class Slope(NamedTuple):
     runs: int
 
 
-def clustered_slope(runs: pd.DataFrame, x: str, y: str, *, control: str, confidence: float = 0.95) -> Slope:
+def clustered_slope(runs: pd.DataFrame, x: str, y: str, *, control: str) -> Slope:
     """Least-squares slope of y on x over runs, each value of `control` having its own intercept, by clusters of seeds.
 
     Runs of one seed (the same start, the same order of data) are not independent. The variance is the
@@ -123,7 +122,6 @@ def clustered_slope(runs: pd.DataFrame, x: str, y: str, *, control: str, confide
     7 to 15 %, plain least squares 5 to 18 % (1,500 made studies each). No interval below three clusters, or if
     one cluster alone carries the slope.
     """
-    check_confidence(confidence)
     runs = runs.dropna(subset=[x, y])
     intercepts = [(runs[control] == name).to_numpy(float) for name in runs[control].unique()]
     design, outcome = np.column_stack([runs[x].to_numpy(float), *intercepts]), runs[y].to_numpy(float)
@@ -140,6 +138,6 @@ def clustered_slope(runs: pd.DataFrame, x: str, y: str, *, control: str, confide
     error = np.sqrt((len(names) - 1) / max(len(names), 1) * np.square(without - estimate).sum())
     if len(names) < FEWEST_SEEDS or not error > 0:
         return Slope(estimate, np.nan, np.nan, np.nan, len(names), len(runs))
-    half = stats.t.ppf((1 + confidence) / 2, len(names) - 1) * error
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(names) - 1) * error
     p = 2 * stats.t.sf(abs(estimate) / error, len(names) - 1)
     return Slope(estimate, estimate - half, estimate + half, float(p), len(names), len(runs))

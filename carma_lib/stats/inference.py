@@ -14,7 +14,7 @@ from scipy import stats
 from scipy.special import gammaln
 from statsmodels.stats.multitest import multipletests
 
-from carma_lib.stats.intervals import check_confidence, critical_value, crossed_interval, tail_probability
+from carma_lib.stats.intervals import CONFIDENCE, critical_value, crossed_interval, tail_probability
 from carma_lib.stats.metrics import CELL_COLUMNS, METRICS, RUN_COLUMNS, Crossed, cells, counted_items, require_columns
 from carma_lib.stats.table import matches, select
 
@@ -103,12 +103,11 @@ def pair(results: pd.DataFrame, metric: str, method: str, baseline: str,
     return first, second, list(dict.fromkeys(notes))
 
 
-def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None,
-                confidence: float = 0.95) -> Comparison:
+def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None) -> Comparison:
     """Difference first - second with its `crossed_interval` and the test of difference = 0.
 
     With a `margin` (in the metric's units, above 0) the null hypothesis is difference ≤ -margin instead. That test is
-    one-sided and its p doubled, so that p < 1 - confidence exactly if the interval lies above -margin.
+    one-sided and its p doubled, so that p < 0.05 exactly if the interval lies above -margin.
 
     p is NaN (not tested) with fewer than `FEWEST_SEEDS` seeds. Without any spread there is no t: if every item differs
     alike, p is the sign test's over items, 2 · 0.5^items; if no answer differs, p is 1, and a margin is not tested.
@@ -116,7 +115,7 @@ def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None,
     values = first.values - second.values
     shares = all(np.isin(cell.numerator, (0, 1)).all() for cell in (first, second))
     counted, constant = counted_items(first, second), np.ptp(values) < 1e-12
-    found = crossed_interval(values, confidence=confidence, counted=counted,
+    found = crossed_interval(values, counted=counted,
                              bounds=(-1, 1) if shares and constant else (-np.inf, np.inf))
     above, note = found.estimate + (margin or 0.0), found.note
     if len(values) < FEWEST_SEEDS:
@@ -133,44 +132,7 @@ def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None,
     return Comparison(*found[:3], p, found.standard_error, note)
 
 
-def hierarchical_bootstrap(first: Crossed, second: Crossed, *, draws: int = 2000) -> np.ndarray:
-    """Draws of the difference of two cells (mean of the seeds' ratios) over seeds and items, shape (draws,).
-
-    Each draw resamples seeds with replacement, then items with replacement, the same items for every seed and
-    both methods, as weights: multinomial counts. A draw in which a seed has no item in the denominator leaves that
-    seed out; a draw without any is NaN. The generator's seed is 0.
-    """
-    generator = np.random.default_rng(0)
-    seeds, items = first.numerator.shape
-    of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), draws)
-    of_items = generator.multinomial(items, np.full(items, 1 / items), draws).astype(float)
-
-    def means(cell: Crossed) -> np.ndarray:
-        below = of_items @ cell.denominator.T
-        ratio = np.divide(of_items @ cell.numerator.T, below, out=np.zeros_like(below), where=below > 0)
-        weight = of_seeds * (below > 0)
-        total = weight.sum(axis=1)
-        return np.divide((weight * ratio).sum(axis=1), total, out=np.full(draws, np.nan), where=total > 0)
-
-    return means(first) - means(second)
-
-
-def bootstrap_interval(first: Crossed, second: Crossed, *, draws: int = 2000,
-                       confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of `hierarchical_bootstrap`, widened by √(n / (n - 1)) for n seeds.
-
-    A check beside `crossed_interval`, not a replacement: its coverage depends on how much seeds differ.
-    """
-    check_confidence(confidence)
-    values = hierarchical_bootstrap(first, second, draws=draws)
-    centre, seeds = first.values.mean() - second.values.mean(), len(first.seeds)
-    widened = centre + (values - centre) * (np.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0)
-    low, high = np.nanquantile(widened, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
-
-def cv_ratio_test(first: np.ndarray, second: np.ndarray, *, confidence: float = 0.95,
-                  draws: int = 10_000) -> Comparison:
+def cv_ratio_test(first: np.ndarray, second: np.ndarray, *, draws: int = 10_000) -> Comparison:
     """CV(first) / CV(second) of two methods' values, one a seed in the same order; below 1 first is steadier.
 
     p: permutation over seeds. Values are divided by their method's mean, then the two methods' labels are
@@ -178,7 +140,6 @@ def cv_ratio_test(first: np.ndarray, second: np.ndarray, *, confidence: float = 
     included); the statistic is |log ratio|. The interval is Pitman and Morgan's for paired normal
     variances, so the two may disagree with few seeds: with n seeds no p is below 2 / 2ⁿ.
     """
-    check_confidence(confidence)
     first, second = np.asarray(first, float), np.asarray(second, float)
     n = len(first)
     if n < FEWEST_SEEDS or n != len(second):
@@ -194,10 +155,10 @@ def cv_ratio_test(first: np.ndarray, second: np.ndarray, *, confidence: float = 
         shifts = np.abs(one - two)
     p = float((shifts >= shifts[0] - 1e-12).mean())
     variance_ratio = first.var(ddof=1) / second.var(ddof=1)
-    t, apart = stats.t.ppf((1 + confidence) / 2, n - 2), 1 - np.corrcoef(first, second)[0, 1] ** 2
+    t, apart = stats.t.ppf((1 + CONFIDENCE) / 2, n - 2), 1 - np.corrcoef(first, second)[0, 1] ** 2
     k = 1 + 2 * apart * t**2 / (n - 2)
     low, high = np.sqrt(variance_ratio * (k + np.array([-1, 1]) * np.sqrt(max(k**2 - 1, 0))))
-    notes = [f"{n} seeds: no p below {2 / 2**n:.3g} is possible"] if 2 / 2**n >= 1 - confidence else []
+    notes = [f"{n} seeds: no p below {2 / 2**n:.3g} is possible"] if 2 / 2**n >= 1 - CONFIDENCE else []
     if apart < 1e-9:  # the formula would give an interval without width
         low, high, notes = np.nan, np.nan, [*notes, "both methods' values move in step: no interval"]
     return Comparison(np.sqrt(variance_ratio), low, high, p, np.nan, "; ".join(notes))

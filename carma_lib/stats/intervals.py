@@ -14,6 +14,9 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import stdtrit
 
+#: Of every interval of this project.
+CONFIDENCE = 0.95
+
 
 class Interval(NamedTuple):
     """An estimate with its interval, standard error, the seeds' share of its variance, and a note."""
@@ -23,12 +26,6 @@ class Interval(NamedTuple):
     standard_error: float
     seed_share: float
     note: str
-
-
-def check_confidence(confidence: float) -> None:
-    """ValueError unless the confidence is a share between 0 and 1, as 0.95."""
-    if isinstance(confidence, (str, bool)) or not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, as 0.95 does; here it is {confidence!r}")
 
 
 def critical_value(tail: float, seed_share: float, seeds: int, items: int) -> float:
@@ -51,7 +48,7 @@ def tail_probability(statistic: float, seed_share: float, seeds: int, items: int
     return brentq(lambda tail: critical_value(tail, seed_share, seeds, items) - statistic, smallest, 0.5)
 
 
-def crossed_interval(values: np.ndarray, *, confidence: float = 0.95, counted: int | None = None,
+def crossed_interval(values: np.ndarray, *, counted: int | None = None,
                      bounds: tuple[float, float] = (-np.inf, np.inf)) -> Interval:
     """Mean of a seeds × items matrix with an interval for crossed random seeds and items.
 
@@ -68,7 +65,6 @@ def crossed_interval(values: np.ndarray, *, confidence: float = 0.95, counted: i
     counted: how many items are in a ratio's denominator, all by default; the others hold still, and the spread over
     items and its degrees of freedom are those of the counted ones.
     """
-    check_confidence(confidence)
     values = np.asarray(values, dtype=float)
     if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError("values must be a matrix, seeds × items, of finite numbers and not empty")
@@ -76,7 +72,7 @@ def crossed_interval(values: np.ndarray, *, confidence: float = 0.95, counted: i
     if seeds == items == 1:
         return Interval(mean, *[np.nan] * 4, "one seed and one item: no interval")
     if np.ptp(values) < 1e-12:
-        return _constant_interval(mean, counted or items, confidence, bounds)
+        return _constant_interval(mean, counted or items, bounds)
     by_seed, by_item = values.mean(axis=1), values.mean(axis=0)
     seed_part = by_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
     counted, of_counted = counted or items, 1.0
@@ -90,7 +86,7 @@ def crossed_interval(values: np.ndarray, *, confidence: float = 0.95, counted: i
         seed_part = max(seed_part, _low_ratio(seeds - 1, freedom) * residual_part)
         item_part = max(item_part - residual_part, 0.0)
     error, share = np.sqrt(seed_part + item_part), seed_part / (seed_part + item_part)
-    half = critical_value((1 - confidence) / 2, share, seeds, counted) * error
+    half = critical_value((1 - CONFIDENCE) / 2, share, seeds, counted) * error
     note = ("one seed: interval over items only" if seeds == 1 else
             "one item: interval over seeds only" if counted == 1 else "")
     return Interval(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), error, share, note)
@@ -101,14 +97,14 @@ def _low_ratio(of_seeds: int, of_residuals: int) -> float:
     return float(stats.f.ppf(0.05, of_seeds, of_residuals))
 
 
-def _constant_interval(value: float, items: int, confidence: float, bounds: tuple[float, float]) -> Interval:
+def _constant_interval(value: float, items: int, bounds: tuple[float, float]) -> Interval:
     """Interval of a mean whose values are all the same: exact binomial limits over items.
 
-    With tail = (1 - confidence) / 2 and q = 1 - tail^(1 / items), the largest share of unlike items that shows none of
+    With tail = (1 - CONFIDENCE) / 2 and q = 1 - tail^(1 / items), the largest share of unlike items that shows none of
     them among `items` with probability `tail`: a share on its bound 0 or 1 gets q to the inside; a difference in
     [-1, 1] gets 2q to the inside at ±1, q to both sides at 0. Anything else has no interval.
     """
-    unlike = 1 - ((1 - confidence) / 2) ** (1 / items)
+    unlike = 1 - ((1 - CONFIDENCE) / 2) ** (1 / items)
     reaches = {(0, 1): {0: (0, unlike), 1: (unlike, 0)},
                (-1, 1): {-1: (0, 2 * unlike), 0: (unlike, unlike), 1: (2 * unlike, 0)}}
     reach = reaches.get(bounds, {}).get(round(value, 9))
@@ -117,13 +113,12 @@ def _constant_interval(value: float, items: int, confidence: float, bounds: tupl
     return Interval(value, value - reach[0], value + reach[1], 0.0, np.nan, "all values the same: exact binomial limit")
 
 
-def cv_interval(values: np.ndarray, *, confidence: float = 0.95) -> Interval:
+def cv_interval(values: np.ndarray) -> Interval:
     """Standard deviation (n - 1) over mean, with Vangel's modified McKay interval for normal values.
 
     Vangel, The American Statistician 50, 1996. Empty, with a note, for one value or a mean of 0 or less; without an
     upper limit if the spread is too large for the number of values.
     """
-    check_confidence(confidence)
     values = np.asarray(values, dtype=float)
     n, mean = len(values), values.mean()
     if n < 2 or mean <= 0:
@@ -131,7 +126,7 @@ def cv_interval(values: np.ndarray, *, confidence: float = 0.95) -> Interval:
     ratio = values.std(ddof=1) / mean
     if ratio < 1e-12:
         return Interval(0.0, 0.0, 0.0, np.nan, np.nan, "seeds do not differ")
-    edges = stats.chi2.ppf([(1 + confidence) / 2, (1 - confidence) / 2], n - 1)
+    edges = stats.chi2.ppf([(1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2], n - 1)
     below = ((edges + 2) / n - 1) * ratio**2 + edges / (n - 1)
     low, high = np.where(below > 0, ratio / np.sqrt(np.abs(below)), np.inf)
     return Interval(ratio, low, high, np.nan, np.nan,

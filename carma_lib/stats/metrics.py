@@ -177,24 +177,23 @@ def _complete(cell: Crossed) -> Crossed:
                    cell.denominator[some][:, whole], cell.notes, cell.key)
 
 
-def summarise(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -> pd.DataFrame:
+def summarise(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """One row a cell of the design: `CELL_COLUMNS`, metric, estimate, low, high, n_items, n_seeds, note.
 
     `metric` is a key of `METRICS`, the interval is `crossed_interval`. The note says why an estimate is empty.
     """
     return _lines(results, metric, metric, lambda cell: crossed_interval(
-        cell.values, confidence=confidence, counted=cell.counted, bounds=METRICS[metric].bounds))
+        cell.values, counted=cell.counted, bounds=METRICS[metric].bounds))
 
 
-def coefficient_of_variation(results: pd.DataFrame, metric: str = "accuracy", *,
-                             confidence: float = 0.95) -> pd.DataFrame:
+def coefficient_of_variation(results: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
     """CV = standard deviation (n - 1) over mean of a metric across seeds, in the columns of `summarise`.
 
     The interval is `intervals.cv_interval`. It speaks of seeds on these items: the items are not resampled, so the
     seeds' spread holds what chance answers on finitely many items add. The paper's own definition of CV was not at
     hand; this is the usual one.
     """
-    return _lines(results, metric, f"cv_{metric}", lambda cell: cv_interval(cell.values.mean(axis=1), confidence=confidence))
+    return _lines(results, metric, f"cv_{metric}", lambda cell: cv_interval(cell.values.mean(axis=1)))
 
 
 def _lines(results: pd.DataFrame, metric: str, name: str, interval: Callable[[Crossed], Interval]) -> pd.DataFrame:
@@ -219,8 +218,7 @@ def per_seed(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
-def _over_seeds(results: pd.DataFrame, metric: str, value: Callable[[pd.DataFrame], float],
-                confidence: float) -> pd.DataFrame:
+def _over_seeds(results: pd.DataFrame, metric: str, value: Callable[[pd.DataFrame], float]) -> pd.DataFrame:
     """A metric that is no sum over items: one value a seed, Student's t interval over seeds alone."""
     lines = []
     for _, rows in results.groupby(CELL_COLUMNS, observed=True, dropna=False, sort=False):
@@ -231,7 +229,7 @@ def _over_seeds(results: pd.DataFrame, metric: str, value: Callable[[pd.DataFram
         if rows.empty:
             continue
         values = np.array([[value(of_seed)] for _, of_seed in rows.groupby("seed")])
-        found = crossed_interval(values, confidence=confidence)
+        found = crossed_interval(values)
         low, high = np.clip(found[1:3], 0, 1)
         lines.append(rows.iloc[0][CELL_COLUMNS].to_dict() | {
             "metric": metric, "estimate": found.estimate, "low": low, "high": high,
@@ -241,7 +239,7 @@ def _over_seeds(results: pd.DataFrame, metric: str, value: Callable[[pd.DataFram
     return pd.DataFrame(lines)
 
 
-def macro_f1(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
+def macro_f1(results: pd.DataFrame) -> pd.DataFrame:
     """Mean over the targets' classes of F1 = 2 · hits / (targets + predictions), per cell.
 
     A class that is no item's target has no part in the mean; predicting one counts against the true class only. A hit
@@ -255,10 +253,10 @@ def macro_f1(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame
         prediction = np.where(right, target, np.where(prediction == target, -1, prediction))
         return float(f1_score(target, prediction, labels=range(len(classes)), average="macro", zero_division=0))
 
-    return _over_seeds(results, "macro_f1", score, confidence)
+    return _over_seeds(results, "macro_f1", score)
 
 
-def expected_calibration_error(results: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
+def expected_calibration_error(results: pd.DataFrame) -> pd.DataFrame:
     """ECE: Σ over bins of share of items · |accuracy - mean probability of the prediction|, per cell.
 
     Needs the column `prediction_probability`, in [0, 1]; ten bins of equal width.
@@ -272,4 +270,4 @@ def expected_calibration_error(results: pd.DataFrame, *, confidence: float = 0.9
         place = np.minimum((sure * 10).astype(int), 9)
         return float(np.abs(np.bincount(place, right - sure)).sum() / len(rows))
 
-    return _over_seeds(results, "expected_calibration_error", score, confidence)
+    return _over_seeds(results, "expected_calibration_error", score)
