@@ -46,19 +46,16 @@ METHODS: dict[str, Method] = {
     "l2_sp": Method("squared distance from the start's weights", "alpha", 0.01, "arXiv 1802.01483"),
 }
 R_DROP_DROPOUT = 0.1  # on attention, where a family has no other dropout
-CARMA_METHODS = ("carma", "mutual_information_only", "stability_only")
+#: The methods with CARMA's terms, and the weights that they change: the parts alone have weight 1 (published ablations).
+CARMA_METHODS = {"carma": {}, "mutual_information_only": {"mi_weight": 1.0, "stability_weight": 0.0},
+                 "stability_only": {"mi_weight": 0.0, "stability_weight": 1.0}}
 
 
 def method_config(method: str, carma: CarmaConfig, strength: float | None = None) -> CarmaConfig:
-    """The CARMA terms of a method, λ = `strength` if given; λ = 0 for the methods that have none.
-
-    The parts alone have weight 1 (published ablations).
-    """
+    """The CARMA terms of a method, λ = `strength` if given; λ = 0 for the methods that have none."""
     if method not in CARMA_METHODS:
         return PLAIN
-    weights = {"carma": {}, "mutual_information_only": {"mi_weight": 1.0, "stability_weight": 0.0},
-               "stability_only": {"mi_weight": 0.0, "stability_weight": 1.0}}[method]
-    return replace(carma, **weights, **({} if strength is None else {"carma_weight": strength}))
+    return replace(carma, **CARMA_METHODS[method], **({} if strength is None else {"carma_weight": strength}))
 
 
 def check_method(method: str) -> str:

@@ -6,7 +6,6 @@ to one set of parameters and one state of the code; `--resume` skips notebooks t
 from __future__ import annotations
 
 import _thread
-import contextlib
 import errno
 import os
 import shutil

@@ -7,7 +7,7 @@ A run folder holds `data/<task>/`, `starts/` (tokenizers and base models of smal
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,19 @@ class Cell:
             self.key, self.task, self.model, recipe.start, recipe.training_items, self.method, self.seed,
             recipe.learning_rate, self.strength, *self.change, recipe.layers, recipe.width, self.trial)))
 
+    def as_json(self) -> dict[str, Any]:
+        """The cell as values that JSON holds."""
+        return {**vars(self), "recipe": dict(self.recipe)}
+
+    @classmethod
+    def of_json(cls, facts: dict[str, Any]) -> Cell:
+        """The cell of what `as_json` gave."""
+        return cls(**{**facts, "change": tuple(facts["change"]), "recipe": Recipe(**facts["recipe"])})
+
 
 def save_plan(folder: Path, cells: Iterable[Cell]) -> None:
     """Write a run folder's cells, so that a later notebook goes on with the same ones (`read_plan`)."""
-    write_json(folder / "cells" / "plan.json", [
-        {"task": cell.task, "method": cell.method, "seed": cell.seed, "strength": cell.strength, "change": cell.change,
-         "trial": cell.trial, "recipe": dict(cell.recipe)} for cell in cells])
+    write_json(folder / "cells" / "plan.json", [cell.as_json() for cell in cells])
 
 
 def read_plan(folder: Path, **tests: Any) -> list[Cell]:
@@ -122,7 +129,7 @@ def read_plan(folder: Path, **tests: Any) -> list[Cell]:
     with reading(folder / "cells" / "plan.json", "run notebook 02 again"):
         if not isinstance(plan, list):
             raise ValueError("it holds no list of cells")
-        cells = [Cell(**{**facts, "change": tuple(facts["change"]), "recipe": Recipe(**facts["recipe"])}) for facts in plan]
+        cells = [Cell.of_json(facts) for facts in plan]
     return [replace(cell, recipe=cell.recipe.but(**tests)) for cell in cells]
 
 
@@ -161,9 +168,12 @@ def checksums_of(own: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: sha256_of(own / name) for name in names if (own / name).is_file()}
 
 
-def _whole(own: Path, facts: dict[str, Any]) -> bool:
-    """Whether the files that facts name are there, with their content."""
-    return checksums_of(own, facts["sha256"]) == facts["sha256"]
+def _holds(folder: Path, cell: Cell, name: str, mark: Callable[[Path, Cell], str], rules: Any) -> bool:
+    """Whether a cell's facts of that name are of these rules, settings and data, and the files that they name whole."""
+    own = cell_folder(folder, cell)
+    facts = finished_facts(own / name)
+    return (bool(facts) and (facts["mark"], facts["rules"]) == (mark(folder, cell), rules)
+            and checksums_of(own, facts["sha256"]) == facts["sha256"])
 
 
 def is_trained(folder: Path, cell: Cell) -> bool:
@@ -171,16 +181,10 @@ def is_trained(folder: Path, cell: Cell) -> bool:
 
     The weights are read, a second a gigabyte; once the cell is tested, nobody asks any more.
     """
-    if cell.untuned:
-        return True
-    own = cell_folder(folder, cell)
-    facts = finished_facts(own / "trained.json")
-    return (bool(facts) and (facts["mark"], facts["rules"]) == (training_mark(folder, cell), TRAINING_RULES)
-            and _whole(own, facts) and not check_folder(own / "model"))
+    return cell.untuned or (_holds(folder, cell, "trained.json", training_mark, TRAINING_RULES)
+                            and not check_folder(cell_folder(folder, cell) / "model"))
 
 
 def is_tested(folder: Path, cell: Cell) -> bool:
     """Whether the cell's tables, made from these settings and data by these rules, are whole in its folder."""
-    own = cell_folder(folder, cell)
-    facts = finished_facts(own / "tested.json")
-    return bool(facts) and (facts["mark"], facts["rules"]) == (testing_mark(folder, cell), RULES) and _whole(own, facts)
+    return _holds(folder, cell, "tested.json", testing_mark, RULES)

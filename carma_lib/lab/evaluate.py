@@ -165,30 +165,13 @@ def _asked_rows(folder: Path, task: str, split: str, limit: int, tokenizer: Any,
 def split_prompts(folder: Path, cell: Cell, split: str, *, level: str = "word", first: int = 0,
                   texts: tuple[str, ...] | None = None) -> Prompts:
     """The prompts of a split, made once a process; first: so many items of it; texts: the items in these wordings."""
-    return _prompts(folder, cell.task, split, level, first, texts, tokenizer_of(folder, cell),
-                    prompt_of(cell.task, cell.recipe), cell.recipe.evaluation_batch, _Rows(folder, cell, split))
-
-
-class _Rows:
-    """Rows that are read only if prompts are not in the cache; equal for cells that are asked the same items."""
-
-    def __init__(self, folder: Path, cell: Cell, split: str) -> None:
-        recipe = cell.recipe
-        self.read = lambda: asked_rows(folder, cell, split)
-        self._key = (recipe.small, recipe.validation_items if split == "validation" else recipe.test_items,
-                     content_of(folder, cell.task))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Rows) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
+    return _prompts(asked_rows(folder, cell, split), cell.task, level, first, texts, tokenizer_of(folder, cell),
+                    prompt_of(cell.task, cell.recipe), cell.recipe.evaluation_batch)
 
 
 @lru_cache(maxsize=64)
-def _prompts(folder: Path, task: str, split: str, level: str, first: int, texts: tuple[str, ...] | None,
-             tokenizer: Any, prompt: Prompt, batch_size: int, source: _Rows) -> Prompts:
-    rows = source.read()
+def _prompts(rows: datasets.Dataset, task: str, level: str, first: int, texts: tuple[str, ...] | None,
+             tokenizer: Any, prompt: Prompt, batch_size: int) -> Prompts:
     if texts is not None:
         of_texts = rows.select(range(len(texts))).remove_columns("phrases")
         rows = datasets.Dataset.from_dict({**of_texts.to_dict(), "text": list(texts)}, features=of_texts.features)

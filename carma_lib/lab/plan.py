@@ -52,13 +52,6 @@ class Sweep:
         """GPUs that a worker needs: the most processes of a training."""
         return max(cell.recipe.processes for cell in self.cells)
 
-    def groups(self) -> dict[tuple[str, str], list[Cell]]:
-        """The cells by (model, task)."""
-        found: dict[tuple[str, str], list[Cell]] = {}
-        for cell in self.cells:
-            found.setdefault((cell.model, cell.task), []).append(cell)
-        return found
-
 
 def read_sweep(file: Path | str) -> Sweep:
     """Read and check a sweep file. Touches nothing, and reads no model's weights.

@@ -15,19 +15,15 @@ import torch
 
 from carma_lib.files import read_json
 from carma_lib.lab.cell import Cell
-from carma_lib.lab.recipe import Recipe
 from carma_lib.lab.train import trained
 
 
 def main(job_file: str) -> None:
-    """Train the cell of a job file {folder, cell, recipe, parent}; ends when the parent process does."""
+    """Train the cell of a job file {folder, cell, parent}; ends when the parent process does."""
     job = read_json(job_file)
-    if job is None:
-        raise SystemExit(f"no job in {job_file}")
     threading.Thread(target=_end_with, args=(job["parent"],), daemon=True).start()
     try:
-        facts = {**job["cell"], "change": tuple(job["cell"]["change"])}
-        trained(Path(job["folder"]), Cell(recipe=Recipe(**job["recipe"]), **facts))
+        trained(Path(job["folder"]), Cell.of_json(job["cell"]))
     except Exception as error:
         Path(job_file).with_name("error.txt").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         raise

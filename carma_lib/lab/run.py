@@ -183,19 +183,17 @@ def _submit(client: Client, book: _Book, cells: list[Cell], *, retries: int, sha
         recipe = cell.recipe
         shared.setdefault((cell.task, recipe.start_mark(), recipe.testing_mark(), recipe.training_items, recipe.accumulation,
                            recipe.processes, recipe.activation_checkpointing, recipe.lora_rank), []).append(cell)
-    ready = {cell: client.submit(prepare, folder, group, min(sharing, len(group)), stage, pure=False, retries=retries)
-             for group in shared.values() for cell in [group[0]]}
-    first_of = {cell: group[0] for group in shared.values() for cell in group}
+    ready = {cell: one for group in shared.values() for one in [client.submit(
+        prepare, folder, group, min(sharing, len(group)), stage, pure=False, retries=retries)] for cell in group}
     bases: dict[tuple, Future] = {}
-    for cell in cells:
+    flight = {}
+    for number, cell in enumerate(cells):  # in their order, which Dask would not keep by itself
+        after = [ready[cell]]
         if cell.recipe.start == "base":
             key = (cell.seed, cell.recipe.start_mark(), cell.recipe.tokenizer_tasks or cell.task)
             if key not in bases:
-                bases[key] = client.submit(prepare_base, folder, cell, ready[first_of[cell]], pure=False, retries=retries)
-    flight = {}
-    for number, cell in enumerate(cells):  # in their order, which Dask would not keep by itself
-        key = (cell.seed, cell.recipe.start_mark(), cell.recipe.tokenizer_tasks or cell.task)
-        after = [ready[first_of[cell]], *([bases[key]] if cell.recipe.start == "base" else [])]
+                bases[key] = client.submit(prepare_base, folder, cell, ready[cell], pure=False, retries=retries)
+            after.append(bases[key])
         flight[client.submit(run_cell, folder, cell, stage, *after, pure=False, retries=retries, priority=-number,
                              key=f"cell-{cell.key}-{time.monotonic_ns()}")] = cell
     return flight
@@ -206,10 +204,8 @@ def _settle(book: _Book, cell: Cell, future: Future, *, stop: bool) -> None:
     if future.status == "finished":
         book.put(cell, "done")
         return
-    if future.status == "cancelled":
-        raise RunError("the connection to the workers is lost; done cells are kept, the same command goes on")
-    error = future.exception()
-    if isinstance(error, CancelledError):
+    error = None if future.status == "cancelled" else future.exception()
+    if error is None or isinstance(error, CancelledError):
         raise RunError("the connection to the workers is lost; done cells are kept, the same command goes on")
     full = getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
     if full or "No space left on device" in str(error):

@@ -16,6 +16,7 @@
 """
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from itertools import product
@@ -81,8 +82,7 @@ class Study(_Strict):
             check_method(method)
         if self.settings.get("keep") != "last":
             raise ValueError("settings need 'keep: last': every tested step is the model of that step")
-        if not {len(values) for values in self.trials.strengths.values()} or len(
-                {len(values) for values in self.trials.strengths.values()}) > 1:
+        if len({len(values) for values in self.trials.strengths.values()}) != 1:
             raise ValueError("every method needs the same number of trials")
 
     @cached_property
@@ -159,14 +159,9 @@ class Study(_Strict):
 
 @lru_cache(maxsize=4096)
 def _recipe(study: str, task: str, start: str, changes: tuple) -> Recipe:
-    plan = _parsed(study)
+    plan = json.loads(study)
     settings = {**plan["settings"], **plan["starts"][start], **dict(changes)}
     return recipe_for(task_named(task).kind, settings, seeds=(0,)).recipe
-
-
-@lru_cache(maxsize=8)
-def _parsed(study: str) -> dict[str, Any]:
-    return parse_yaml(study)
 
 
 def read_study(file: Path, changes: Mapping[str, Any] | None = None) -> Study:

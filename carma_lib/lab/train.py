@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -245,10 +245,8 @@ def _in_processes(folder: Path, cell: Cell) -> None:
         _open_work(folder, cell, own / "work")  # before there are several that could throw it away
     job, error = own / "work" / "job.json", own / "work" / "error.txt"
     error.unlink(missing_ok=True)
-    facts = {"task": cell.task, "method": cell.method, "seed": cell.seed, "strength": cell.strength, "change": cell.change,
-             "trial": cell.trial}
-    write_json(job, {"folder": str(folder), "cell": facts, "recipe": {**dict(cell.recipe), "keep_model": True},
-                     "parent": os.getpid()})
+    kept = replace(cell, recipe=cell.recipe.but(keep_model=True))
+    write_json(job, {"folder": str(folder), "cell": kept.as_json(), "parent": os.getpid()})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={cell.recipe.processes}", "-m", "carma_lib.lab.processes", str(job)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from carma_lib.files import reading, user_path
 from carma_lib.tasks.schema import DataNotFound, TaskRows, shuffle_held_out
 
-THREE_CLASSES = ("negative", "neutral", "positive")
 FIVE_CLASSES = ("terrible", "bad", "okay", "good", "excellent")
 MAX_PHRASE_WORDS = 4
 _FILES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
@@ -225,8 +224,6 @@ def build_rows(*, classes: int, train_phrases: bool) -> TaskRows:
     sentence scores (Stanford's zip of trees alone) the root's label stands in for the score. Stanford's files
     begin with positive sentences; validation and test are shuffled, so that their first items are like all of them.
     """
-    if classes not in (3, 5):
-        raise ValueError(f"SST has 3 or 5 classes here, not {classes}")
     trees, scores = load_trees()
     splits: dict[str, list[dict[str, Any]]] = {}
     for split, sentences in trees.items():

@@ -70,16 +70,9 @@ def load_lexicon(path: str | Path | None = None) -> Lexicon:
         raise LexiconError(f"{path}: {error}") from None
 
 
-def controlled_synonyms(lexicon: Lexicon | None = None) -> dict[str, list[str]]:
-    """Lower-case word → the words interchangeable with it wherever the two tasks use it.
-
-    Without `lexicon` those of the one that comes with the package.
-    """
-    return dict(lexicon.synonyms if lexicon else _packaged_synonyms())
-
-
 @cache
-def _packaged_synonyms() -> dict[str, list[str]]:
+def controlled_synonyms() -> dict[str, list[str]]:
+    """Lower-case word → the words interchangeable with it wherever the two tasks use it."""
     return load_lexicon().synonyms
 
 
