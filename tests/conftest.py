@@ -14,7 +14,9 @@ import torch
 torch.set_num_threads(1)
 
 #: Files of minutes start first, so that no process is left alone with one at the end.
-LONGEST = ("test_notebooks.py", "test_pipeline.py", "test_lab_train.py", "test_lab_run.py", "test_lab_pretrained.py")
+LONGEST = tuple(f"test_{name}.py" for name in (
+    "notebooks", "lab_run", "lab_pretrained", "synonyms_wordnet", "wordnet_task", "figures", "runs", "lab_train", "pipeline",
+    "book", "jupyterlab", "replacement", "statistics"))
 
 
 def pytest_collection_modifyitems(items):

@@ -52,12 +52,11 @@ def overlaps(figure, slack=1.0):
         found += [f"{name!r} lies over {other!r}" for other, against in texts[:place] if box.overlaps(against)]
         if box.x0 < 0 or box.y0 < 0 or box.x1 > figure.bbox.x1 or box.y1 > figure.bbox.y1:
             found.append(f"{name!r} leaves the canvas")
+    shown = {axes: [(name, seen) for name, box in texts if (seen := Bbox.intersection(box, axes.get_window_extent()))
+                    is not None and seen.width > 0 and seen.height > 0] for axes in figure.axes}
     for axes, mark in marks_of(figure):
         inside = axes.get_window_extent()
-        for name, box in texts:
-            seen = Bbox.intersection(box, inside)
-            if seen is None or seen.width <= 0 or seen.height <= 0:
-                continue
+        for name, seen in shown[axes]:
             if mark.overlaps(seen) if isinstance(mark, Bbox) else mark.intersects_bbox(seen, filled=False):
                 found.append(f"{name!r} lies over a mark")
         if isinstance(mark, Bbox) and inside.padded(2).contains(*np.mean([mark.p0, mark.p1], axis=0)):

@@ -157,10 +157,9 @@ def test_the_check_of_overlaps_finds_each_kind():
     plt.close(figure)
 
 
-def test_same_svg_twice(results, comparisons, tmp_path):
+def test_same_svg_twice(comparisons, tmp_path):
     for folder in ("a", "b"):
-        figure, table = drawn(results, comparisons)["forest_plot"]
-        figures.save_figure(figure, tmp_path / folder, "forest", table)
+        figures.save_figure(figures.forest_plot(comparisons), tmp_path / folder, "forest", comparisons)
     assert (tmp_path / "a/forest.svg").read_bytes() == (tmp_path / "b/forest.svg").read_bytes()
 
 

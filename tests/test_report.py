@@ -1,4 +1,5 @@
 """Tables for readers and the HTML report of a made run folder, with a notebook that is really executed."""
+import functools
 import os
 import re
 import shutil
@@ -30,9 +31,14 @@ PLAN = [
 ]
 
 
-def made_comparisons(effect):
+@functools.cache
+def _comparisons(effect):
     results = made_results(methods={"fine_tuning": 0.0, "carma": effect}, seeds=8, items=200)
     return primary_comparisons(results, PLAN)
+
+
+def made_comparisons(effect):
+    return _comparisons(effect).copy()
 
 
 # -- tables ----------------------------------------------------------------------------------------

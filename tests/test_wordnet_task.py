@@ -1,4 +1,5 @@
 """The WordNet builder on the real database: every pair counted, every filter, three splits, the cache."""
+import functools
 import re
 import time
 
@@ -12,6 +13,18 @@ from carma_lib.tasks import DataNotFound, build_task, read_card, wordnet
 @pytest.fixture(scope="module")
 def pairs(wordnet_database):
     return wordnet.filtered_pairs()
+
+
+@pytest.fixture(scope="module")
+def built(pairs):
+    """Rows by seed and split, each made once, of pairs that are read once."""
+    @functools.cache
+    def build(seed, split_by):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(wordnet, "filtered_pairs", lambda: (pairs[0].copy(), list(pairs[1])))
+            return wordnet.build_rows(seed=seed, split_by=split_by)
+
+    return build
 
 
 def test_every_pair_is_enumerated(pairs):
@@ -34,8 +47,8 @@ def test_filters_by_an_independent_reading(pairs, wordnet_database):
 
 
 @pytest.mark.parametrize(("split_by", "column"), [("synset", "text"), ("headword", "target")])
-def test_split_keeps_its_promise(wordnet_database, split_by, column):
-    splits = wordnet.build_rows(seed=42, split_by=split_by).splits
+def test_split_keeps_its_promise(built, split_by, column):
+    splits = dict(built(42, split_by).splits)
     values = {split: {row[column] for row in rows} for split, rows in splits.items()}
     assert not values["train"] & values["test"] and not values["train"] & values["validation"]
     assert not values["validation"] & values["test"]
@@ -45,8 +58,8 @@ def test_split_keeps_its_promise(wordnet_database, split_by, column):
     assert bool(second) == (split_by == "synset")
 
 
-def test_second_test_set_shares_neither_headword_nor_definition(wordnet_database):
-    rows = wordnet.build_rows(seed=42, split_by="synset")
+def test_second_test_set_shares_neither_headword_nor_definition(built):
+    rows = built(42, "synset")
     splits = rows.splits
     assert list(splits) == ["train", "validation", "test", "test_headword"]
     second = splits["test_headword"]
@@ -60,7 +73,7 @@ def test_second_test_set_shares_neither_headword_nor_definition(wordnet_database
     assert rows.facts["shared_with_train"]["test_headword"] == {"definitions": 0, "headwords": 0}
     assert rows.facts["shared_with_train"]["test"]["definitions"] == 0
     assert rows.facts["shared_with_train"]["test"]["headwords"] > 1000
-    other = {row["target"] for row in wordnet.build_rows(seed=7, split_by="synset").splits["test_headword"]}
+    other = {row["target"] for row in built(7, "synset").splits["test_headword"]}
     assert len(other & {row["target"] for row in second}) < len(other) / 5
 
 
@@ -73,9 +86,9 @@ def test_damaged_wordnet_is_named(wordnet_database, monkeypatch, damage):
         wordnet.filtered_pairs()
 
 
-def test_the_first_items_are_like_all(wordnet_database):
+def test_the_first_items_are_like_all(built):
     """WordNet's files go by part of speech: of the first test items in file order all are adjectives."""
-    rows = wordnet.build_rows(seed=42, split_by="synset").splits["test"]
+    rows = built(42, "synset").splits["test"]
     nouns = [".n." in row["item_id"] for row in rows]
     assert 0.4 < sum(nouns) / len(nouns) and abs(sum(nouns[:300]) / 300 - sum(nouns) / len(nouns)) < 0.1
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from carma_lib.files import RunError, ignore_in_children, parse_yaml, reading, user_path
 
+ANSWER_SECONDS = 10  # a scheduler that has not answered by then is not there
 LOST_WORKERS = 3  # so many workers may be lost to a cell before it counts as what kills them
 #: Of every local worker, set before it starts: threads that do not spin, and large buffers that are kept.
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
@@ -98,7 +99,7 @@ def _kill(cluster: SpecCluster) -> None:
 def scheduler_client(address: str) -> Iterator[Client]:
     """A client of a running Dask scheduler. `RunError` if none answers."""
     try:
-        client = Client(address, timeout=10, set_as_default=False)
+        client = Client(address, timeout=ANSWER_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"no Dask scheduler answers at {address}; start one with 'dask scheduler' and workers with "
                        f"'dask worker {address} --nthreads 1', or leave --scheduler out") from error

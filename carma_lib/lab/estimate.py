@@ -102,7 +102,10 @@ def check_disk(sweep: Sweep, found: Estimate) -> None:
 def describe(sweep: Sweep, found: Estimate, *, workers: int, where: str, cpu_only: bool) -> str:
     """What the sweep would do, for `--dry-run`. cpu_only: it is known to run without a GPU, as the time's rule does."""
     lines, waiting = [f"{sweep.file} → {sweep.run_dir}", ""], set(found.open)
-    for (model, task), cells in sweep.groups().items():
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in sweep.cells:
+        groups.setdefault((cell.model, cell.task), []).append(cell)
+    for (model, task), cells in groups.items():
         recipe, count = cells[0].recipe, sum(cell not in waiting for cell in cells)
         lines.append(f"{model} ({recipe.start}), {task}: {len(cells)} cells, {count} done\n"
                      f"    {_names(cell.method for cell in cells)}; seeds {_names(cell.seed for cell in cells)}; "
