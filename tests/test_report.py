@@ -17,7 +17,8 @@ from carma_lib.report import plots as figures
 from carma_lib.report import tables
 from carma_lib.stats.claims import default_claims, primary_comparisons
 from carma_lib.report.page import formulas_to_pictures, write_report
-from carma_lib.stats.metrics import summarise
+from carma_lib.stats.metrics import per_seed, summarise
+from carma_lib.stats.table import select
 
 PAIR = {"method": "carma", "baseline": "fine_tuning"}
 PLAN = [
@@ -62,6 +63,18 @@ def test_paper_table_holds_what_the_metrics_say():
     shown = tables.readable(table)
     assert shown.loc[shown["method"] == "untuned", "CV of accuracy"].eq("–").all()
     assert f"{100 * row['consist_syn']:.1f} [" in shown["ConsistSyn"].iloc[table.index.get_loc(row.name)]
+
+
+def test_several_sources_of_synonyms_are_told_apart():
+    drawn = made_results(rates=(0.25,), items=40)
+    worst = drawn[drawn["condition"] == "replaced"].assign(source="adversary", correct=False, rank=2)
+    both = pd.concat([drawn, worst], ignore_index=True)
+    shown = tables.readable(tables.paper_table(both))
+    assert set(shown["source"]) == {"", "controlled", "adversary"} and "source" not in tables.readable(tables.paper_table(drawn))
+    estimates, values = summarise(both, "consist_syn"), per_seed(both, "consist_syn")
+    lines = {name: len(figures.consist_syn_by_rate(*of).axes[0].lines) for name, of in {
+        "both": (estimates, values), "drawn": tuple(select(table, source="controlled") for table in (estimates, values))}.items()}
+    assert lines["both"] == lines["drawn"] > 0
 
 
 def test_published_figures_stand_beside_ours_and_say_how_they_differ():

@@ -757,6 +757,13 @@ def test_an_adversary_beside_drawn_synonyms_stays_out_of_the_synonyms_claim():
         assert found[0].estimate[0] == found[1].estimate[0] and (found[1].source == "controlled").all()
 
 
+def test_what_was_changed_in_one_split_is_asked_there():
+    seen, held_out = (made_results(rates=(0.25,)).assign(split=name) for name in ("test_seen", "test_held_out"))
+    some = pd.concat([seen[seen["condition"] == "clean"], held_out], ignore_index=True)
+    found = primary_comparisons(some, default_claims(some, questions=["synonyms", "pooling"]))
+    assert (found["split"] == "test_held_out").all() and found["estimate"].notna().all() and len(found) == 2
+
+
 def test_differences_of_several_values_a_seed_are_refused():
     table = pd.DataFrame([{"task": "t", "method": method, "seed": seed, "budget": budget, "value": seed + budget}
                           for method in ("carma", "fine_tuning") for seed in (1, 2) for budget in (10, 20)])

@@ -121,7 +121,11 @@ def cv_by_method(estimates: pd.DataFrame) -> Figure:
 
 @styled
 def consist_syn_by_rate(estimates: pd.DataFrame, values: pd.DataFrame) -> Figure:
-    """ConsistSyn against the share of words replaced, one panel a split: dots seeds, bars 95 % intervals."""
+    """ConsistSyn against the share of words replaced, one panel a split: dots seeds, bars 95 % intervals.
+
+    An adversary's choice of synonyms, which has one rate, is left out.
+    """
+    estimates, values = (table[table["source"] != "adversary"] for table in (estimates, values))
     return _by_condition(estimates, values, "rate", "split", "share of words\nasked to be replaced", "ConsistSyn")
 
 

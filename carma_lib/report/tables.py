@@ -49,6 +49,9 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     shown = table[["task", "split", "model", "budget"]]
     shown = shown.loc[:, shown.nunique() > 1].assign(method=table["method"].map(lambda name: METHOD_LABELS.get(name, name)),
                                                      rate=(100 * table["rate"]).map("{:g} %".format))
+    sources = table["source"].astype(str)
+    if sources[table["rate"] > 0].nunique() > 1:
+        shown = shown.assign(source=sources)
     for name, heading in _HEADINGS.items():
         if name in table:
             values = table[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False, name=None)

@@ -112,16 +112,22 @@ def _asked(rows: pd.DataFrame, questions: Sequence[str], margin: float) -> list[
                                   {"split": seen, **clean, "margin": margin})}
     if longer == "test_longer":
         asked["longer texts"] = ("longer texts", "difference", "accuracy", {"split": longer, **clean})
+    def changed_split(changed: pd.DataFrame) -> str:
+        """Not every split needs to have been asked in changed texts."""
+        has = list(changed["split"].astype(str).unique())
+        return seen if seen in has else has[0]
+
     replaced = select(rows, condition="replaced")
     drawn = replaced[replaced["source"] != "adversary"]
     if rates := sorted(drawn["rate"].unique()):
         asked["synonyms"] = ("synonyms", "difference", "consist_syn", {
-            "split": seen, "condition": "replaced", "rate": 0.25 if 0.25 in rates else float(rates[0]),
+            "split": changed_split(drawn), "condition": "replaced", "rate": 0.25 if 0.25 in rates else float(rates[0]),
             **({"source": str(drawn["source"].iloc[0])} if len(drawn) < len(replaced) else {})})
-    pooled = select(rows, condition="pooled", protocol="mean", level="word")["depth_share"].unique()
+    pooled = select(rows, condition="pooled", protocol="mean", level="word")
     if len(pooled):
         asked["pooling"] = ("pooling", "difference", "accuracy_kept", {
-            "split": seen, "condition": "pooled", "depth_share": float(min(sorted(pooled), key=lambda share: abs(share - 0.5))),
+            "split": changed_split(pooled), "condition": "pooled",
+            "depth_share": float(min(sorted(pooled["depth_share"].unique()), key=lambda share: abs(share - 0.5))),
             "protocol": "mean", "level": "word"})
     return [asked[name] for name in questions if name in asked]
 

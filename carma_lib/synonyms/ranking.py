@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,17 +118,18 @@ def _usable(candidate: Any, word: str, letter: str) -> bool:
 def ranked_candidates(texts: Sequence[str], *, cache_dir: str | Path | None = None) -> dict[str, Ranked]:
     """Every text → its words' candidates with scores, with a progress bar and an optional cache on disk.
 
-    cache_dir: folder of Parquet files of BLOCK texts, found again by the scorer, the rules and the texts; a damaged
-        file is made again. The first text that is not in the cache loads the scorer (and fetches it, see
-        `carma_lib.models.load_model`, which tells what it may raise).
+    cache_dir: folder of Parquet files of BLOCK texts, found again by the scorer, the rules, the texts and the versions
+        of WordNet, textblob and lemminflect; a damaged file is made again. The first text that is not in the cache
+        loads the scorer (and fetches it, see `carma_lib.models.load_model`, which tells what it may raise).
     """
     from tqdm import tqdm
 
     distinct, found = list(dict.fromkeys(texts)), {}
+    made_by = SCORER, RULES, wordnet().get_version(), version("textblob"), version("lemminflect")
     with tqdm(total=len(distinct), desc="ranking synonyms", delay=2) as bar:
         for first in range(0, len(distinct), BLOCK):
             block = distinct[first:first + BLOCK]
-            path = Path(cache_dir) / f"ranked-{fingerprint(SCORER, RULES, block)}.parquet" if cache_dir else None
+            path = Path(cache_dir) / f"ranked-{fingerprint(*made_by, block)}.parquet" if cache_dir else None
             rows = read_rows(path) if path else None
             if rows is None:
                 rows = []
