@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -207,7 +208,7 @@ def tiny_training(train, evaluate=None, batch=1):
         train = encode_text(Dataset.from_dict({"text": train}), tokenizer)
         evaluate = evaluate and encode_text(Dataset.from_dict({"text": evaluate}), tokenizer)
     more = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1} if evaluate else {}
-    arguments = TrainingArguments("never", max_steps=8, per_device_train_batch_size=batch, report_to="none", use_cpu=True,
+    arguments = TrainingArguments(str(Path(tempfile.gettempdir()) / "never"), max_steps=8, per_device_train_batch_size=batch, report_to="none", use_cpu=True,
                                   disable_tqdm=True, save_strategy="no", logging_strategy="no", **more)
     carma = CarmaConfig(mi_layers=(0, 2), stability_layers=(0, 2))
     trainer = CarmaTrainer(tiny_model("gpt2"), arguments, processing_class=tokenizer, train_dataset=train,

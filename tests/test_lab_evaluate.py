@@ -109,17 +109,18 @@ def test_replaced_texts_count_their_changes_and_leave_the_target_out(tested, res
                 assert (before != after) == (number > 0) and target not in after.lower().split()
 
 
-def test_the_adversary_is_no_kinder_than_one_replacement(tested, results, model):
-    """Of its tries the one with the highest loss: never below what each try alone gives."""
+def test_the_adversary_takes_the_worst_of_its_tries(tested, results, model):
     split = "test_held_out"
     found = changed_answers(tested, CARMA, model, split)
     worst = found[found.source == "adversary"]
     rows, prompt = asked_rows(tested, CARMA, split).select(range(7)), prompt_for("inverse_dictionary")
+    tries = []
     for seed in (1, 2):
         texts = replace_all(rows["text"], rate=0.25, seed=seed, item_ids=rows["item_id"], **task_named(DICTIONARY).replacement(rows))
         tried = rows.remove_columns(["text", "phrases"]).add_column("text", [each.text for each in texts])
         one = answers(model, tokenizer_of(tested, CARMA), prompts_of(tried, tokenizer_of(tested, CARMA), prompt))
-        assert (worst.log_probability.to_numpy() <= one.log_probability.to_numpy() + 1e-5).all()
+        tries.append(one.log_probability.to_numpy())
+    np.testing.assert_allclose(worst.log_probability, np.minimum(*tries), atol=1e-4)
     assert worst.item_id.tolist() == rows["item_id"][:] and (worst.changed > 0).any()
 
 

@@ -120,6 +120,15 @@ def test_l2_sp_against_the_formula(rows, tmp_path):
     assert made.compute_loss(made.model, dict(batch)).item() == pytest.approx(base.item())
 
 
+def test_the_noise_of_neftune_reaches_the_weights(rows, tmp_path):
+    weights = []
+    for method, strength in (("fine_tuning", None), ("neftune", 7.0), ("neftune", 7.0)):
+        made = trainer(tmp_path, rows, method, strength=strength)
+        made.train()
+        weights.append(torch.cat([weight.detach().flatten() for weight in made.model.parameters()]))
+    assert torch.equal(weights[1], weights[2]) and not torch.allclose(weights[0], weights[1], atol=1e-6)
+
+
 def test_neftune_and_label_smoothing_are_the_librarys(rows, tmp_path):
     assert trainer(tmp_path, rows, "neftune", strength=7.0).neftune_noise_alpha == 7.0
     made = trainer(tmp_path, rows, "label_smoothing", strength=0.2)
