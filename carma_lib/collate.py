@@ -192,10 +192,10 @@ def _encode_prompts(rows: dict[str, list], places: list[int], tokenizer, level: 
     if empty := [place for place, ids in zip(places, encoded.input_ids) if not ids]:
         raise ValueError(f"row {empty[0]}: the prompt is empty, so nothing comes before the answer: give a text or a prefix")
     ends = {tokenizer.eos_token_id: tokenizer.eos_token, tokenizer.sep_token_id: tokenizer.sep_token}
-    if ended := [place for place, ids, text in zip(places, encoded.input_ids, texts)
+    if ended := [(place, ends[ids[-1]]) for place, ids, text in zip(places, encoded.input_ids, texts)
                  if ends.get(ids[-1]) and not text.endswith(ends[ids[-1]])]:
-        raise ValueError(f"row {ended[0]}: the tokenizer ends every prompt with {ends[encoded.input_ids[0][-1]]!r}, after which "
-                         "no answer follows: load it with add_eos_token=False")
+        raise ValueError(f"row {ended[0][0]}: the tokenizer ends prompts with {ended[0][1]!r}, after which no answer follows: "
+                         "load it with add_eos_token=False")
     answered = tokenizer([text + target for text, target in zip(texts, _texts(rows, "target", places))]).input_ids
     found = _constituents(rows, places, encoded, texts, level, len(prefix)) if level else [[] for _ in texts]
     return encoded.input_ids, found, answered
@@ -283,6 +283,7 @@ def _checked(dataset: Dataset, tokenizer, level: str, columns: Sequence[str]) ->
         raise ValueError("there are no rows")
     if dataset.format["type"] == "custom":
         raise ValueError("the rows have a transform that is applied as they are read: apply it with map, then reset_format()")
+    dataset = dataset.with_format(None)
     if level == "phrase" and "phrases" in dataset.column_names and not any(dataset["phrases"][:]):
-        dataset = dataset.remove_columns("phrases")  # a task without phrases of its own
-    return dataset.with_format(None)
+        return dataset.remove_columns("phrases")  # a task without phrases of its own
+    return dataset

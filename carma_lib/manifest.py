@@ -148,7 +148,7 @@ def make_plan(profile: str, *, run_dir: Path | None = None, settings: dict[str, 
     named = {name: [value for setting in _READ if (value := {**known[name], **parameters}.get(setting))]
              for name, parameters in chosen.items()}
     return Plan(profile, run_dir, tuple(notebooks), chosen, {
-        name: [root / each for value in values for each in (value if isinstance(value, list) else [value])]
+        name: [root / user_path(each) for value in values for each in (value if isinstance(value, list) else [value])]
         for name, values in named.items()})
 
 

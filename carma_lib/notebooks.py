@@ -23,7 +23,7 @@ from carma_lib.manifest import MANIFEST, Notebook, Plan, make_plan, project_root
 __all__ = ["check_run_folder", "execute", "project_root", "publish", "run_folder", "tidy_notebook", "versions"]
 
 #: What a run folder holds beside what the manifest names.
-_OURS = {"lock", "status.json", "notebooks", "data", "cells", "starts", "cache", "tables", "figures", "study", "study_work", "pretrained", "pretrained_work",
+_OURS = {"lock", ".lock", ".lock.soft", "status.json", "notebooks", "data", "cells", "starts", "cache", "tables", "figures", "study", "study_work", "pretrained", "pretrained_work",
          "report.html"}
 
 
@@ -113,8 +113,8 @@ def _makes_present(plan: Plan, notebook: Notebook) -> bool:
 
 
 def _marks(folder: Path, files: Iterable[Path]) -> dict[str, str]:
-    """Each file, of folders the tables in them, by its path from `folder` → its content's mark."""
-    whole = [each for file in files for each in (sorted(file.glob("*.parquet")) if file.is_dir() else [file]) if each.is_file()]
+    """Each file, of folders those in them, by its path from `folder` → its content's mark."""
+    whole = [each for file in files for each in (sorted(file.glob("[!.]*")) if file.is_dir() else [file]) if each.is_file()]
     return {Path(os.path.relpath(each, folder)).as_posix(): sha256_of(each) for each in whole}
 
 

@@ -117,7 +117,7 @@ class CarmaMixin:
         return (loss, found[1]) if return_outputs else loss
 
     def _carma_mask(self, inputs: dict[str, Tensor], ids: Tensor) -> Tensor | None:
-        """1 for real tokens, or the number of a document, (batch, tokens); None where no token is padding.
+        """1 for real tokens, or the number of a document, (batch, tokens); None where nothing tells what is padding.
 
         Rows that TRL packs without a mask it may fill up with padding tokens at position 0.
         """
@@ -127,7 +127,7 @@ class CarmaMixin:
         if mask is not None and positions is None:
             raise ValueError("the attention mask is not of the shape (batch, tokens), so it does not say what is padding "
                              "and where documents end: give position_ids with it")
-        padding = getattr(self.processing_class, "pad_token_id", None)
+        padding = getattr(getattr(self.processing_class, "tokenizer", self.processing_class), "pad_token_id", None)
         if positions is None or padding is None:
             return None
         filled = ((positions[0] if positions.dim() == 3 else torch.atleast_2d(positions)) == 0) & (ids == padding)

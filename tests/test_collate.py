@@ -372,6 +372,7 @@ def test_the_format_of_the_rows_changes_nothing(kind):
     tokenizer = tokenizer_with_targets(byte_level_tokenizer)
     plain = rows("a small bird", "an unbelievable bird")
     for encoding in (encode_text, lambda some, tokenizer: encode(some, tokenizer, answer="text"),
+                     lambda some, tokenizer: encode(some, tokenizer, suffix=' "', level="phrase").with_format(None),
                      lambda some, tokenizer: answerable(some, tokenizer, Prompt("", ' is called a "')).with_format(None)):
         assert encoding(plain.with_format(kind), tokenizer).to_list() == encoding(plain, tokenizer).to_list()
     with pytest.raises(ValueError, match="^the rows have a transform"):
@@ -383,7 +384,7 @@ def test_a_tokenizer_that_ends_every_prompt_is_refused(answer):
     tokenizer = tokenizer_with_targets(byte_level_tokenizer)
     end, post = tokenizer.eos_token, tokenizer.backend_tokenizer.post_processor
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)])
-    with pytest.raises(ValueError, match="row 0: the tokenizer ends every prompt with '"):
+    with pytest.raises(ValueError, match="row 0: the tokenizer ends prompts with '"):
         encode(rows("An old bird."), tokenizer, suffix=' "', answer=answer)
     tokenizer.backend_tokenizer.post_processor = post or ByteLevel(trim_offsets=False)
     assert len(encode(rows("An old bird."), tokenizer, suffix=f" {end}", answer="text")), "a prompt may end so of itself"

@@ -1,7 +1,6 @@
 """`run` and sweeps on real local workers: failures, lost workers, interruptions, and the same tables however it went."""
 import os
 import re
-import signal
 import subprocess
 import sys
 import time

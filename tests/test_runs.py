@@ -94,6 +94,7 @@ def test_an_odd_status_file_stops_neither_resume_nor_fresh(project, text):
     plan = manifest.make_plan("default", root=project)
     (plan.run_dir / "data").mkdir(parents=True)
     (plan.run_dir / "status.json").write_text(text)
+    (plan.run_dir / ".lock").touch()  # which packing leaves
     for resume in (True, False):
         notebooks.check_run_folder(plan, resume=resume, fresh=not resume)
     assert "will run" in manifest.describe(plan, resume=True)

@@ -37,6 +37,7 @@ def test_rows_are_selected_by_value_by_list_and_up_to_rounding():
     table = pd.DataFrame(dict(rate=[0.1, 0.1 + 1e-12, 0.25, np.nan], split=["a", "b", "b", "c"], seed=[1, 2, 3, 4]))
     kept = pd.DataFrame({"rate": [0.3333], "depth_share": [0.1667], "strength": [0.3333]})
     assert len(select(kept, rate=1 / 3, depth_share=1 / 6)) == 1 and select(kept, strength=1 / 3).empty
+    assert len(select(pd.DataFrame({"rate": [1 / 3]}), rate=1 / 3)) == len(select(pd.DataFrame({"rate": [1 / 3]}), rate=0.3333)) == 1
     assert list(select(table, rate=0.1).seed) == [1, 2] and list(select(table, split="b", seed=[3, 4]).seed) == [3]
     assert list(select(table, split={"a": 0, "c": 0}).seed) == [1, 4] and len(select(table, split=[])) == 0
     assert list(select(table.astype({"split": "category"}), split="c").seed) == [4] and len(select(table)) == 4

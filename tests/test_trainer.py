@@ -757,6 +757,15 @@ def test_rows_longer_than_the_models_positions(tmp_path, family, carma):
         assert trainer.compute_loss(model.train(), {**packed, "labels": packed["input_ids"]}).isfinite()
 
 
+def test_a_mask_of_another_shape_needs_positions(tmp_path):
+    model, ids = tiny_model("llama").train(), torch.arange(5, 13)[None]
+    trainer = CarmaTrainer(model, arguments(tmp_path), carma=CARMA, processing_class=TOKENIZER)
+    given = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones(8, 8, dtype=torch.bool).tril()[None, None]}
+    with pytest.raises(ValueError, match="^the attention mask is not of the shape .* give position_ids with it$"):
+        trainer.compute_loss(model, dict(given))
+    assert trainer.compute_loss(model, {**given, "position_ids": torch.arange(8)[None]}).isfinite()
+
+
 def test_rows_may_be_longer_where_positions_are_computed(tmp_path):
     rows = encode_text(Dataset.from_dict({"text": ["a small bird " * 60]}), TOKENIZER)
     assert rows[0]["length"] > 128 and all(loss > 0 for loss in losses(trained(tmp_path, rows, tiny_model("llama"))))

@@ -19,7 +19,8 @@ from carma_lib.tasks import TASKS, read_card, task_named
 
 #: Raise one when a training, or the tests, come to something else with the same settings and data.
 #: Training and testing 2: another draw of the negatives, from the same distribution. Testing 3 to 5: other words are replaced.
-TRAINING_RULES, TESTING_RULES = 2, 6
+#: Training 3: phrases by the chunker where a task has none. Testing 6: of equally likely tokens the first is the answer.
+TRAINING_RULES, TESTING_RULES = 3, 6
 RULES = f"{TRAINING_RULES}.{TESTING_RULES}"
 #: A cell's facts in tables.
 FACTS = ("cell", "task", "model", "start", "training_items", "method", "seed", "learning_rate", "strength", "change",

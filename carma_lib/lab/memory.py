@@ -10,7 +10,7 @@ Bytes a process, from the configuration alone (weights are counted on the meta d
     activations  blocks × tokens × (6 d · 4 + (6 d + 5 f) · b) + rows × p × vocabulary × 12
                  + layers read by CARMA × tokens × 4 d bytes
 
-with d the width, f the width of the feed-forward part, b = 4 or 2 (bf16), t the tokens of the longest row, and tokens =
+with d the width, f the width of the feed-forward part, b = 4 or 2 (bf16), t the tokens of the longest row, tokens =
 rows of a forward pass × t, and p the tokens of a row that have logits: the last one, or all where answers are texts.
 With activation checkpointing only 4 d per block and token stay, and one block whole. Eager attention adds blocks ×
 heads × tokens × t × 3 b. These are the tensors that the backward pass reads (the residual stream and its norms in

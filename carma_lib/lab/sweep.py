@@ -62,6 +62,7 @@ def run_sweep(sweep: Sweep, where: Where = Where(), *, retries: int = 1) -> tupl
 
     Raises as `run` does; cells that fail are tried `retries` times more, then left out.
     """
+    _check_where(where)
     with (scheduler_client(where.scheduler) if where.scheduler else slurm_client(where.slurm) if where.slurm
           else contextlib.nullcontext()) as client:
         failed = run(sweep.cells, sweep.run_dir, client, workers=where.workers, retries=retries, errors="collect",

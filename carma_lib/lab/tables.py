@@ -117,8 +117,10 @@ def read_answers(archive: Path, cells: pd.DataFrame, *, conditions: Sequence[str
     of cells that were tested before rules 6 are judged anew by `judged_greedily`, unless `as_tested`.
     """
     keep = arrow.field("cell").isin(list(cells["cell"])) & arrow.field("condition").isin(list(conditions))
-    rules = cells.groupby("task")["rules"].agg(lambda of_task: of_task.mode()[0])
-    if "replaced" in conditions and len(others := cells[cells["rules"] != cells["task"].map(rules)]):
+    rules = cells["rules"].str.partition(".")[2].astype(int)  # of testing
+    words = rules.replace({6: 5})  # which replace the same words
+    most = words.groupby(cells["task"]).agg(lambda of_task: of_task.mode()[0])
+    if "replaced" in conditions and len(others := cells[words != cells["task"].map(most)]):
         print(f"{len(others)} of {len(cells)} cells were tested under other rules, which replace other words: they are left out under synonyms")
         keep &= ~(arrow.field("cell").isin(list(others["cell"])) & (arrow.field("condition") == "replaced"))
     if len(budgets):
@@ -131,7 +133,7 @@ def read_answers(archive: Path, cells: pd.DataFrame, *, conditions: Sequence[str
     answers = table.to_pandas().astype({name: kind for name, (kind, _) in RESULT_COLUMNS.items() if kind != "category"})
     more = ["training_items", "strength", "change", "value"]
     answers = answers.merge(cells[["cell", *more]].astype({"cell": answers["cell"].dtype}), on="cell", how="left")
-    older = cells.loc[cells["rules"].str.partition(".")[2].astype(int) < 6, "cell"]
+    older = cells.loc[rules < 6, "cell"]
     return answers if as_tested else judged_greedily(answers, answers["cell"].isin(older))
 
 

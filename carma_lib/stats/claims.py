@@ -57,8 +57,8 @@ def default_claims(results: pd.DataFrame, *, baseline: str = "fine_tuning", meth
 
     - new combinations: accuracy on held-out combinations; called "accuracy" if the task has no such split
     - longer texts: accuracy on longer texts, if the task has such a split
-    - synonyms: ConsistSyn on seen combinations at 25 % replaced, or the lowest rate
-    - pooling: accuracy kept on seen combinations, words pooled by their mean, start nearest to half of the depth
+    - synonyms: ConsistSyn on seen combinations (or the first split that has it) at 25 % replaced, or the lowest rate
+    - pooling: accuracy kept on seen combinations (or the first split that has it), words pooled by their mean, start nearest to half of the depth
     - spread across seeds: ratio of the CVs of accuracy on held-out combinations
     - performance preserved: accuracy on seen combinations, non-inferior by `margin` (in shares)
 

@@ -224,14 +224,17 @@ def _over_seeds(results: pd.DataFrame, metric: str, value: Callable[[pd.DataFram
     for _, rows in results.groupby(CELL_COLUMNS, observed=True, dropna=False, sort=False):
         if rows.duplicated(["seed", "item_id"]).any():
             raise ValueError("duplicate rows: an item twice for one seed; read each run once")
+        key = rows.iloc[0][CELL_COLUMNS].to_dict()
         answered = rows.groupby("item_id", observed=True)["seed"].transform("nunique") == rows["seed"].nunique()
         left_out, rows = rows.loc[~answered, "item_id"].nunique(), rows[answered]
         if rows.empty:
+            lines.append(key | {"metric": metric, "estimate": np.nan, "low": np.nan, "high": np.nan, "n_items": 0, "n_seeds": 0,
+                                "note": "no item answered by every seed"})
             continue
         values = np.array([[value(of_seed)] for _, of_seed in rows.groupby("seed")])
         found = crossed_interval(values)
         low, high = np.clip(found[1:3], 0, 1)
-        lines.append(rows.iloc[0][CELL_COLUMNS].to_dict() | {
+        lines.append(key | {
             "metric": metric, "estimate": found.estimate, "low": low, "high": high,
             "n_items": rows["item_id"].nunique(), "n_seeds": len(values),
             "note": ("one seed: no interval" if len(values) == 1 else "all values the same: no interval" if np.isnan(low)

@@ -66,8 +66,10 @@ def matches(table: pd.DataFrame, **values: Any) -> np.ndarray:
     for name, value in values.items():
         several = list(value) if isinstance(value, (list, tuple, dict)) else [value]
         if any(isinstance(each, float) for each in several):
-            asked = np.round(several, 4) if name in ("rate", "depth_share") else several  # which are kept to so many digits
-            chosen &= np.isclose(table[name].to_numpy(float)[:, None], asked).any(axis=1)
+            column = table[name].to_numpy(float)
+            if name in ("rate", "depth_share"):  # of which cells keep four digits
+                column, several = np.round(column, 4), np.round(several, 4)
+            chosen &= np.isclose(column[:, None], several).any(axis=1)
         else:
             chosen &= table[name].isin(several).to_numpy()
     return chosen
