@@ -17,7 +17,7 @@ from carma_lib.collate import LEVELS
 from carma_lib.files import RunError, code_fingerprint, fingerprint, parse_yaml, read_json, user_path
 from carma_lib.lab.cell import Cell
 from carma_lib.lab.recipe import SMALL_STARTS, Recipe, Testing, Training, recipe_for
-from carma_lib.lab.study import read_study
+from carma_lib.lab.study import merged, read_study
 from carma_lib.methods import METHODS
 from carma_lib.models import load_config, pretrained
 from carma_lib.pooling import PROTOCOLS
@@ -143,7 +143,7 @@ def make_plan(profile: str, *, run_dir: Path | None = None, settings: dict[str, 
                 parameters[setting] = [_checked_file(task, root) for task in parameters[setting]]
         _check_types(name, parameters, known[name])
         if "recipe" in parameters:
-            parameters["recipe"] = _merged(known[name]["recipe"], parameters["recipe"])
+            parameters["recipe"] = merged(known[name]["recipe"], parameters["recipe"])
     _check_values({name: {**known[name], **parameters} for name, parameters in chosen.items()})
     named = {name: [value for setting in _READ if (value := {**known[name], **parameters}.get(setting))]
              for name, parameters in chosen.items()}
@@ -213,12 +213,6 @@ def _literal(text: str) -> Any:
         return plain(ast.literal_eval(text))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
-
-
-def _merged(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A notebook's recipe with some settings changed; those by kind of task are changed by kind."""
-    return {**recipe, **{name: {**recipe[name], **value} if isinstance(value, dict) and isinstance(recipe.get(name), dict)
-                         else value for name, value in changes.items()}}
 
 
 def _check_values(parameters: dict[str, dict[str, Any]]) -> None:

@@ -278,12 +278,14 @@ def test_answers_of_an_archive_are_a_result_table(archive):
 def test_answers_under_synonyms_are_of_one_version_of_the_rules(archive, capsys):
     """Other rules replace other words, so methods would be compared on other texts."""
     cells, _ = read_cells(archive / "archive")
-    found = read_answers(archive / "archive", cells.assign(rules=["1.9", "2.0"]))
+    found = read_answers(archive / "archive", cells.assign(rules=["1.2", "1.4"]))
     assert found.groupby("condition", observed=True).method.agg(lambda of: sorted(set(map(str, of)))).to_dict() == {
         "clean": ["carma", "fine_tuning"], "pooled": ["carma", "fine_tuning"], "replaced": ["carma"]}
     assert capsys.readouterr().out.startswith("1 of 2 cells were tested under other rules")
-    found = read_answers(archive / "archive", cells.assign(rules=["1.9", "2.0"]), conditions=["clean"])
+    found = read_answers(archive / "archive", cells.assign(rules=["1.2", "1.4"]), conditions=["clean"])
     assert found.method.nunique() == 2 and capsys.readouterr().out == ""
+    same = read_answers(archive / "archive", cells.assign(rules=["2.5", "3.6"]), conditions=["replaced"])
+    assert same.method.nunique() == 2 and capsys.readouterr().out == "", "these replace the same words"
 
 
 def test_cells_of_keeps_what_is_done_of_what_is_wanted(archive):

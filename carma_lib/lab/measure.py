@@ -1,6 +1,7 @@
 """What a cell measures besides its answers: hidden states and plain text, before and after training."""
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def _structure(folder: Path, cell: Cell, model: Any) -> dict[str, list[float]]:
     splits = ("validation", "test_seen", "test_held_out")
     asked = {split: split_prompts(folder, cell, split) for split in splits}
     states = {split: final_states(model, prompts.batches, prompts.places) for split, prompts in asked.items()}
-    parts = _parts(folder, cell)
+    parts = _parts(tuple(text for split in splits[1:] for text in asked_rows(folder, cell, split)["text"]))
     found: dict[str, list[float]] = {name: [] for name in (
         "variance_explained", "angle", "read_out_seen", "read_out_held_out")}
     fitted = asked["validation"].targets + asked["test_seen"].targets[::2]
@@ -100,15 +101,9 @@ def _structure(folder: Path, cell: Cell, model: Any) -> dict[str, list[float]]:
     return found
 
 
-_known_parts: dict[tuple, np.ndarray] = {}
-
-
-def _parts(folder: Path, cell: Cell) -> np.ndarray:
-    key = (folder, cell.task, content_of(folder, cell.task), cell.recipe.test_items, tokenizer_of(folder, cell))
-    if key not in _known_parts:
-        texts = [text for split in ("test_seen", "test_held_out") for text in asked_rows(folder, cell, split)["text"]]
-        _known_parts[key] = part_matrix(texts, controlled_synonyms())
-    return _known_parts[key]
+@lru_cache(maxsize=8)
+def _parts(texts: tuple[str, ...]) -> np.ndarray:
+    return part_matrix(texts, controlled_synonyms())
 
 
 _known_texts: dict[tuple, list[dict[str, torch.Tensor]]] = {}

@@ -170,13 +170,14 @@ def read_study(file: Path, changes: Mapping[str, Any] | None = None) -> Study:
         plan = parse_yaml(Path(file).read_text(encoding="utf-8")) if Path(file).is_file() else None
     if not isinstance(plan, dict):
         raise RunError(f"{file} holds no plan of a study; give the path of one")
-    return Study(**_merged(plan, changes or {}))
+    return Study(**merged(plan, changes or {}))
 
 
-def _merged(plan: Any, changes: Any) -> Any:
+def merged(plan: Any, changes: Any) -> Any:
+    """A plan or a recipe with some of it changed: mappings are changed by key, all else is put in its place."""
     if not isinstance(plan, dict) or not isinstance(changes, Mapping):
         return changes
-    return {**plan, **{name: _merged(plan.get(name), value) for name, value in changes.items()}}
+    return {**plan, **{name: merged(plan.get(name), value) for name, value in changes.items()}}
 
 
 def best_trials(measures: pd.DataFrame) -> pd.DataFrame:

@@ -6,13 +6,12 @@ negative; the five classes are the trees' own labels (bins at .2, .4, .6, .8). S
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from carma_lib.files import reading, user_path
+from carma_lib.files import first_line, reading, user_path
 from carma_lib.tasks.schema import DataNotFound, TaskRows, shuffle_held_out
 
 FIVE_CLASSES = ("terrible", "bad", "okay", "good", "excellent")
@@ -20,7 +19,6 @@ MAX_PHRASE_WORDS = 4
 _FILES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
 _SENTENCES = {"train": 8544, "validation": 1101, "test": 2210}  # of Stanford's files
 _UNESCAPE = {"-LRB-": "(", "-RRB-": ")", "\\/": "/", "\\*": "*"}
-_TOKEN = re.compile(r"\(|\)|[^() ]+")
 
 
 class Node(NamedTuple):
@@ -51,48 +49,32 @@ def parse_tree(line: str) -> Tree:
     A byte-order mark and white space around the tree are left out. Raises `ValueError` for anything else: brackets
     that do not match, text or a second tree outside of them, a label that is not 0 to 4.
     """
-    line = line.strip("\ufeff \r\n\t")
+    from nltk.tree import Tree as Brackets
+
     words: list[str] = []
-    nodes: list[list[int]] = []
-    kinds: list[str] = []  # of each node: "label" is awaited, then "new", "word" or "subtrees"
-    open_nodes: list[int] = []
+    nodes: list[Node] = []
 
-    def refuse(why: str) -> ValueError:
-        return ValueError(f"not a labelled tree ({why}): {line[:60]!r}")
+    def take(node: Brackets) -> None:
+        if node.label() not in tuple("01234"):
+            raise ValueError(f"label {node.label()!r} is not 0 to 4")
+        if not len(node) or len(node) > 1 and any(isinstance(child, str) for child in node):
+            raise ValueError("a bracket holds neither one word nor subtrees alone")
+        place, first = len(nodes), len(words)
+        nodes.append(Node(-1, first, first))
+        for child in node:
+            if isinstance(child, str):
+                for escaped, character in _UNESCAPE.items():
+                    child = child.replace(escaped, character)
+                words.append(child)
+            else:
+                take(child)
+        nodes[place] = Node(int(node.label()), first, len(words))
 
-    for token in _TOKEN.findall(line):
-        if nodes and not open_nodes:
-            raise refuse("a bracket too many" if token == ")" else "text after its end")
-        kind = kinds[open_nodes[-1]] if open_nodes else "none"
-        if token == "(":
-            if kind in ("label", "word"):
-                raise refuse("a bracket without a label" if kind == "label" else "a word beside a subtree")
-            if open_nodes:
-                kinds[open_nodes[-1]] = "subtrees"
-            open_nodes.append(len(nodes))
-            nodes.append([-1, len(words), -1])
-            kinds.append("label")
-        elif kind == "none":
-            raise refuse("brackets do not match" if token == ")" else "text before its first bracket")
-        elif token == ")":
-            if kind in ("label", "new"):
-                raise refuse("a bracket without a word")
-            nodes[open_nodes.pop()][2] = len(words)
-        elif kind == "label":
-            if token not in tuple("01234"):
-                raise refuse(f"label {token!r} is not 0 to 4")
-            nodes[open_nodes[-1]][0] = int(token)
-            kinds[open_nodes[-1]] = "new"
-        elif kind != "new":
-            raise refuse("two words in one bracket" if kind == "word" else "a word beside a subtree")
-        else:
-            for escaped, character in _UNESCAPE.items():
-                token = token.replace(escaped, character)
-            words.append(token)
-            kinds[open_nodes[-1]] = "word"
-    if open_nodes or not nodes:
-        raise refuse("brackets do not match")
-    return Tree(tuple(words), tuple(Node(*node) for node in nodes))
+    try:
+        take(Brackets.fromstring(line.strip("\ufeff \r\n\t"), node_pattern="[^() ]+", leaf_pattern="[^() ]+"))
+    except ValueError as error:
+        raise ValueError(f"not a labelled tree ({first_line(error)}): {line[:60]!r}") from None
+    return Tree(tuple(words), tuple(nodes))
 
 
 def phrase_spans(tree: Tree) -> list[list[int]]:
