@@ -297,8 +297,11 @@ def test_cells_of_keeps_what_is_done_of_what_is_wanted(archive):
 def test_a_seed_is_whole_once_every_method_of_it_is_done():
     made = pd.DataFrame([("a", "carma", 1), ("a", "fine_tuning", 1), ("a", "carma", 2), ("b", "carma", 2), ("b", "fine_tuning", 2),
                          ("b", "fine_tuning", 10)], columns=["task", "method", "seed"]).assign(start="base", change="")
-    assert whole_seeds(made)[["task", "seed"]].to_records(index=False).tolist() == [("a", 1), ("a", 1), ("b", 2), ("b", 2)]
-    assert whole_seeds(made[:0]).empty
+    both = ["carma", "fine_tuning"]
+    assert whole_seeds(made, both)[["task", "seed"]].to_records(index=False).tolist() == [("a", 1), ("a", 1), ("b", 2), ("b", 2)]
+    plain = made[made["method"] == "fine_tuning"]
+    assert whole_seeds(made[:0], both).empty and whole_seeds(plain, both).empty, "no seed is whole while a method has no cell"
+    assert len(whole_seeds(plain, both[1:])) == len(plain)
 
 
 def test_trials_measure_validation_accuracy_alone(archive):

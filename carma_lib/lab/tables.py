@@ -102,10 +102,11 @@ def cells_of(cells: pd.DataFrame, wanted: Iterable[Cell]) -> pd.DataFrame:
     return cells[cells["cell"].isin({cell.key for cell in wanted})]
 
 
-def whole_seeds(cells: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the seeds of which every method of the table is done, for each task, start and changed setting."""
-    done = cells.groupby(["task", "start", "change", "seed"])["method"].transform("nunique")
-    return cells[done == cells["method"].nunique()]
+def whole_seeds(cells: pd.DataFrame, methods: Iterable[str]) -> pd.DataFrame:
+    """The rows of the seeds of which every one of these methods is done, for each task, start and changed setting."""
+    asked = set(methods)
+    done = cells.groupby(["task", "start", "change", "seed"])["method"].transform(lambda of_seed: asked <= set(of_seed))
+    return cells[done.astype(bool)]
 
 
 def read_answers(archive: Path, cells: pd.DataFrame, *, conditions: Sequence[str] = ("clean", "replaced", "pooled"),
