@@ -9,6 +9,7 @@ What is not measured goes by rules for a decoder of N ≈ vocabulary · width + 
 """
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -102,10 +103,8 @@ def check_disk(sweep: Sweep, found: Estimate) -> None:
 def describe(sweep: Sweep, found: Estimate, *, workers: int, where: str, cpu_only: bool) -> str:
     """What the sweep would do, for `--dry-run`. cpu_only: it is known to run without a GPU, as the time's rule does."""
     lines, waiting = [f"{sweep.file} → {sweep.run_dir}", ""], set(found.open)
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    for cell in sweep.cells:
-        groups.setdefault((cell.model, cell.task), []).append(cell)
-    for (model, task), cells in groups.items():
+    for (model, task), group in itertools.groupby(sweep.cells, lambda cell: (cell.model, cell.task)):  # in the file's order
+        cells = list(group)
         recipe, count = cells[0].recipe, sum(cell not in waiting for cell in cells)
         lines.append(f"{model} ({recipe.start}), {task}: {len(cells)} cells, {count} done\n"
                      f"    {_names(cell.method for cell in cells)}; seeds {_names(cell.seed for cell in cells)}; "
