@@ -23,8 +23,8 @@ from carma_lib.manifest import MANIFEST, Notebook, Plan, make_plan, project_root
 __all__ = ["check_run_folder", "execute", "project_root", "publish", "run_folder", "tidy_notebook", "versions"]
 
 #: What a run folder holds beside what the manifest names.
-_OURS = {"lock", ".lock", ".lock.soft", "status.json", "notebooks", "data", "cells", "starts", "cache", "tables", "figures", "study", "study_work", "pretrained", "pretrained_work",
-         "report.html"}
+_OURS = {"lock", ".lock", ".lock.soft", "status.json", "notebooks", "data", "cells", "starts", "cache", "tables", "figures",
+         "explained", "interventions", "study", "study_work", "pretrained", "pretrained_work", "report.html"}
 
 
 def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:

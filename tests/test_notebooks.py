@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from carma_lib import notebooks
 from carma_lib.files import read_json
 from carma_lib.manifest import read_manifest
 from carma_lib.stats.table import at_the_end, read_results
@@ -65,6 +66,8 @@ def test_every_notebook_ran_and_made_what_it_says(unbroken):
         assert status[notebook.name]["state"] == "done"
         assert all(any(unbroken.glob(pattern)) for pattern in notebook.makes)
         assert (unbroken / "notebooks" / f"{notebook.name}.ipynb").is_file()
+    made = {Path(pattern).parts[0] for notebook in read_manifest(ROOT)[0] for pattern in notebook.makes}
+    assert {path.name for path in unbroken.iterdir()} <= notebooks._OURS | made, "else a damaged status.json makes them somebody else's"
 
 
 def test_results_cover_the_design(unbroken):
