@@ -68,7 +68,7 @@ def pooling_grid(
 
     `input_ids`, `attention_mask` (1 = real token) and `constituent_ids` are integers (batch, tokens), padded on either
     side. Tokens of one constituent share an id ≥ 0 within their row and stand next to each other; −1 is a token of
-    none. The model may be wrapped by peft (LoRA and the like) or for data parallelism.
+    none, on any device. The model may be wrapped by peft (LoRA and the like) or for data parallelism.
 
     Before a start layer is used for the first time, two made rows are pooled there: with one token a constituent the
     logits must be those of the model alone, up to rounding (the square root of the precision's epsilon, as a share of
@@ -81,10 +81,11 @@ def pooling_grid(
     check_inputs(input_ids, attention_mask, constituent_ids)
     check_reach(model, input_ids, attention_mask)
     start_layers, protocols = checked_grid(start_layers, protocols, len(blocks))
-    inputs = input_ids.long(), attention_mask.long(), constituent_ids.long()
+    device = next(model.parameters()).device
+    inputs = tuple(tensor.to(device, torch.long) for tensor in (input_ids, attention_mask, constituent_ids))
     pooled_positions(*inputs[1:])  # refuses before anything runs
     with evaluation_mode(model):
-        together = _check_model(model, blocks, start_layers, input_ids.device)
+        together = _check_model(model, blocks, start_layers, device)
         parts = [inputs] if together else zip(*(tensor.split(1) for tensor in inputs))
         grids = [_grid(model, blocks, start_layers, protocols, *part) for part in parts]
     pooled = {key: torch.cat([grid.pooled[key] for grid in grids]) for key in grids[0].pooled}

@@ -25,7 +25,7 @@ def measures(model, start):
 
 
 def pooled(model, start):
-    batch = {name: tensor.to(model.device) for name, tensor in BATCHES[0].items()}
+    batch = BATCHES[0]  # which the grid brings to the model
     grid = pooling_grid(model, batch["input_ids"], batch["attention_mask"], batch["constituent_ids"], start_layers=[0, 1])
     return [grid.clean, *grid.pooled.values(), grid.changed]
 

@@ -135,6 +135,15 @@ def test_perplexity_against_the_models_own_loss(family):
     assert perplexity(model, batches_of(rows, 4)) == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
+def test_perplexity_raises_no_more_than_a_row_of_logits(monkeypatch):
+    """A batch of 64 sentences and a vocabulary of 262,144 would take several GiB for each copy in float32."""
+    rows, seen = random_rows(), []
+    cross_entropy = torch.nn.functional.cross_entropy
+    monkeypatch.setattr("carma_lib.lab.drift.F.cross_entropy", lambda logits, *rest, **more: seen.append(len(logits)) or cross_entropy(logits, *rest, **more))
+    perplexity(tiny_model("llama"), batches_of(rows, len(rows)))
+    assert seen == [len(row["input_ids"]) - 1 for row in rows]
+
+
 def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large():
     model = tiny_model("gpt2")
     model.lm_head.weight.data.zero_()

@@ -15,6 +15,7 @@ from carma_lib.lab.cell import cell_folder
 from carma_lib.lab.evaluate import (_score, _score_texts, answers, asked_rows, changed_answers, prompts_of, replacements,
                                      shares_by_layer, test_splits as splits_of)
 from carma_lib.lab.drift import perplexity
+from carma_lib.lab.measure import _in_batches
 from carma_lib.lab.run import run
 from carma_lib.lab.start import rows_of, tokenizer_of
 from carma_lib.lab.train import trained
@@ -158,6 +159,12 @@ def test_perplexity_is_measured_on_each_plain_text_that_is_named(folder, client)
         assert found["perplexity_before", text] != found["perplexity_after", text]
     with pytest.raises(ValueError, match="lorem"):
         cell_of(plain_texts=("lorem",))
+
+
+def test_batches_of_plain_text_are_bounded_by_rows_and_tokens():
+    rows = [{"input_ids": [1] * length} for length in [5000, *[60] * 100, *[600] * 10, 4000]]
+    lengths = [[len(row["input_ids"]) for row in batch] for batch in _in_batches(rows)]
+    assert [(len(batch), batch[-1]) for batch in lengths] == [(64, 60), (36, 60), (6, 600), (4, 600), (1, 4000), (1, 5000)]
 
 
 @pytest.mark.parametrize("wrong", [dict(test_splits=("test_longest",)), dict(test_splits=(), changed_splits=("test_longest",))])

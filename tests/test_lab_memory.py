@@ -39,6 +39,8 @@ def test_gpt2_small_by_hand():
     assert estimate.activations == blocks + 32 * 50257 * 12 + 8 * tokens * 768 * 4
     texts = estimate_memory(GPT2, RECIPE, tokens=58, predicted=58)  # whose logits are those of every token
     assert texts.activations - estimate.activations == 57 * 32 * 50257 * 12
+    start = estimate_memory(GPT2, RECIPE, tokens=58, l2_sp=True)  # and the distance of each weight from it
+    assert start.total - estimate.total == 8 * weights and memory_table(GPT2, RECIPE, tokens=58, l2_sp=True).total[0] == start.total / GIB
     assert estimate.total == estimate.weights + estimate.gradients + estimate.optimizer + estimate.activations
 
 
@@ -66,7 +68,7 @@ def test_what_makes_it_smaller():
     adapters = 12 * 16 * (768 + 3 * 768 + 2 * 768 + 2 * 5 * 768)
     assert cheaper["lora"].optimizer == 8 * adapters and cheaper["lora"].weights == plain.weights + 4 * adapters
     assert cheaper["bf16 lora"].weights == plain.weights / 2 + 4 * adapters
-    assert cheaper["qlora"].weights == pytest.approx(0.52 * linear + 2 * (124_439_808 - linear) + 4 * adapters, abs=1)
+    assert cheaper["qlora"].weights == pytest.approx(0.52 * linear + 4 * (124_439_808 - linear) + 4 * adapters, abs=1)
     assert cheaper["two"].optimizer == plain.optimizer / 2
     mixed = estimate_memory(GPT2, RECIPE.but(precision="bf16"), tokens=58)
     assert mixed.weights == plain.weights + 2 * linear and mixed.activations < plain.activations

@@ -66,7 +66,7 @@ def test_a_recipe_refuses_what_cannot_be_done(wrong, named):
     (dict(strength=0.0), "strength of carma"), (dict(strength=-1.0), "strength of carma"), (dict(strength=math.nan), "strength of carma"),
     (dict(strength=math.inf), "strength of carma"), (dict(strength=True), "strength of carma"), (dict(strength="0.1"), "strength of carma"),
     (dict(strength=1.5), "strength of carma"),
-    (dict(method="fine_tuning", strength=0.1), "fine_tuning"), (dict(method="untuned", strength=0.1), "untuned"),
+    (dict(method="l2_sp", recipe=RECIPE.but(processes=2)), "l2_sp needs whole weights"), (dict(method="fine_tuning", strength=0.1), "fine_tuning"), (dict(method="untuned", strength=0.1), "untuned"),
     (dict(method="label_smoothing", strength=1.5), "label_smoothing"), (dict(method="synonym_augmentation", strength=1.5), "synonym_augmentation")],
     ids=lambda value: str(value) if isinstance(value, dict) else "")
 def test_a_cell_refuses_what_cannot_be_done(wrong, named):
@@ -151,18 +151,18 @@ def other_of(name, value):
                "keep": "last", "test_at": (3,), "level": "phrase", "precision": "bf16", "adapter": "lora", "similarity": "dot",
                "batch_size": 16, "width": 32, "mi_layers": (0, 0), "stability_layers": (0, 2), "num_negatives": None,
                "test_splits": (), "changed_splits": ("test_seen",), "rates": (0.4,), "depth_shares": (1.0,), "protocols": ("max",),
-               "levels": ("phrase",), "measures": ("drift",), "synonyms": "ranked", "plain_texts": ("wordnet_examples",)}
+               "levels": ("phrase",), "epochs": 1, "processes": 2, "adversary_rate": 0.25, "measures": ("drift",), "synonyms": "ranked", "plain_texts": ("wordnet_examples",)}
     if name in special:
         return special[name]
     return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2
 
 
-@pytest.mark.parametrize("name", [name for name in Recipe.model_fields if name not in ("processes", "epochs", "adversary_rate")])
+@pytest.mark.parametrize("name", list(Recipe.model_fields))
 def test_every_setting_changes_its_mark_and_no_other(name):
     from carma_lib.lab.recipe import Training
 
     one = RECIPE.but(layers=3) if name == "stability_layers" else RECIPE.but(start="a/model") if name == "adapter" else RECIPE
-    changed = one.but(**{name: other_of(name, getattr(RECIPE, name))})
+    changed = one.but(**{name: other_of(name, getattr(RECIPE, name))}, **({"steps": None} if name == "epochs" else {}))
     training, tests = changed.training_mark() != one.training_mark(), changed.testing_mark() != one.testing_mark()
     if name in ("evaluation_batch", "keep_model"):
         assert not training and not tests

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from lab_cells import DICTIONARY, SENTIMENT, SMALL, block, cell_of, kill_one_at_
 from carma_lib.__main__ import SWEEP_EPILOG, build_parser, main
 from carma_lib.files import RunError, read_json
 from carma_lib.lab.cell import cell_folder, read_plan, save_plan
-from carma_lib.lab import cluster, tables, worker
+from carma_lib.lab import cluster, run as runs, tables, worker
 from carma_lib.lab.cluster import local_client, read_slurm
 from carma_lib.lab.estimate import estimate
 from carma_lib.lab.evaluate import asked_rows, split_prompts
@@ -218,6 +219,18 @@ def test_earlier_rules_counted_a_tie_as_wrong(trained_run, tmp_path):
         assert tables.read_answers(tmp_path, read_cells(tmp_path)[0], as_tested=True)["correct"].equals(table["correct"])
 
 
+def test_one_archive_holds_no_two_precisions_of_a_start(trained_run, tmp_path):
+    cells = [cell_of("fine_tuning"), cell_of("carma")]
+    pack(trained_run, cells[:1], tmp_path)
+    facts = pd.read_parquet(tmp_path / "cells.parquet").assign(bf16=True)  # as on a machine that computes it natively
+    facts.to_parquet(tmp_path / "cells.parquet")
+    with pytest.raises(RunError, match="^of the cells from random, 1 were computed in bf16 and 1 in float32"):
+        pack(trained_run, cells[1:], tmp_path)
+    assert pd.read_parquet(tmp_path / "cells.parquet").equals(facts)
+    facts.assign(change="precision", value="bf16").to_parquet(tmp_path / "cells.parquet")
+    assert len(pack(trained_run, cells[1:], tmp_path)) == 2
+
+
 def test_runs_that_pack_into_one_archive_at_once_lose_no_cell(trained_run, tmp_path, monkeypatch):
     read = tables.read_facts
 
@@ -304,8 +317,6 @@ def test_a_sweep_with_a_killed_worker_and_a_failing_cell_gives_what_an_undisturb
     bad = sweep.cells[-1]
     stone = block(sweep.run_dir, bad)
     killed = []
-    import threading
-
     killer = threading.Thread(target=lambda: killed.append(kill_one_at_work(sweep.run_dir, sweep.cells, done=1, but=bad)))
     killer.start()
     _, failed = run_sweep(sweep, Where(workers=2), retries=1)
@@ -326,6 +337,19 @@ def test_a_sweep_with_a_killed_worker_and_a_failing_cell_gives_what_an_undisturb
         str(calm.run_dir).encode(), str(sweep.run_dir).encode())
     found = estimate(sweep)
     assert found.open == () and "8 cells: 8 done, 0 open" in plan_text(sweep, Where(workers=2))
+
+
+def test_a_worker_that_is_lost_to_one_cell_is_lost_to_no_other(folder, monkeypatch):
+    """Dask counts the loss for all cells that wait at that worker."""
+    monkeypatch.setitem(cluster.SETTINGS, "distributed.scheduler.allowed-failures", 0)
+    monkeypatch.setattr(runs, "LOST_WORKERS", 0)
+    cells, killed = [cell_of(training_items=64 + number) for number in range(3)], []
+    killer = threading.Thread(target=lambda: killed.append(kill_one_at_work(folder, cells)))
+    killer.start()
+    failed = run(cells, folder, workers=1, errors="collect")
+    killer.join(timeout=60)
+    assert list(failed) == killed and failed[killed[0]] == "its worker ended abruptly 1 times (killed, or out of memory)"
+    assert all(states(folder, cell) == (["begun"] if cell in killed else ["begun", "done"]) for cell in cells)
 
 
 def test_a_stopped_sweep_ends_soon_with_one_line_and_goes_on(tmp_path):

@@ -312,10 +312,30 @@ def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path):
     assert arguments.train_batch_size == 16 and one_gpu(arguments).train_batch_size == 8
 
 
+def test_what_a_refusal_for_memory_advises_trains_the_same_weights(trained_run, folder, client):
+    wanted = {name: cell_of("fine_tuning", **change) for name, change in {
+        "in parts": {"accumulation": 2}, "checkpointing": {"activation_checkpointing": True}}.items()}
+    assert run(wanted.values(), folder, client) == {}
+    plain = weights(trained_run, PLAIN)
+    for cell in wanted.values():
+        for name, weight in weights(folder, cell).items():
+            torch.testing.assert_close(weight, plain[name], rtol=1e-3, atol=1e-4)
+
+
+def test_bf16_trains_and_tests_in_bf16(trained_run, folder, client):
+    cell = cell_of("fine_tuning", precision="bf16")
+    assert run([cell], folder, client) == {} and read_json(cell_folder(folder, cell) / "tested.json")["bf16"]
+    losses = [curves(*of).set_index("step")["loss"] for of in ((folder, [cell]), (trained_run, [PLAIN]))]
+    assert losses[0].ne(losses[1]).all() and losses[0].to_numpy() == pytest.approx(losses[1].to_numpy(), rel=0.02)
+    asked = [answers(*of)["prediction_probability"].to_numpy() for of in ((folder, cell), (trained_run, PLAIN))]
+    assert (asked[0] != asked[1]).all() and asked[0] == pytest.approx(asked[1], rel=0.1)
+    assert {weight.dtype for weight in weights(folder, cell).values()} == {torch.float32}
+
+
 # -- golden ----------------------------------------------------------------------------------------
 
-GOLDEN_CELLS = {method: cell_of(method, strength=strength, width=32, keep_model=False, adversary_rate=0.25, adversary_tries=2)
-                for method, strength in (("fine_tuning", None), ("carma", 0.3), ("r_drop", 1.0), ("l2_sp", 0.01),
+GOLDEN_CELLS = {method: cell_of(method, strength=strength, width=32, learning_rate=0.05, keep_model=False, adversary_rate=0.25, adversary_tries=2)
+                for method, strength in (("fine_tuning", None), ("carma", 0.3), ("r_drop", 1.0), ("l2_sp", 1.0),
                                          ("synonym_augmentation", 0.25))}
 
 

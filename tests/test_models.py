@@ -368,7 +368,9 @@ def test_native_bf16_on_processors(flags, capability, library, expected, monkeyp
 def test_native_bf16_of_a_gpu_does_not_count_emulation(native, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: native or including_emulation)
-    assert native_bf16() is native
+    assert native_bf16() is native_bf16("cuda") is native
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "NO AVX")
+    assert native_bf16("cpu") is False  # of the processor beside it
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not Path("/proc/cpuinfo").exists()

@@ -2,11 +2,16 @@
 import math
 import os
 
+import pandas as pd
 import pytest
 import torch
+from lab_cells import DICTIONARY, cell_of
 from tiny import TEXTS, byte_level_tokenizer, tiny_config
 from transformers import AutoModelForCausalLM
 
+from carma_lib.lab.cell import cell_folder
+from carma_lib.lab.evaluate import asked_rows, replacements
+from carma_lib.lab.run import run
 from carma_lib.synonyms import ranking, replacement
 from carma_lib.synonyms.replacement import replace_all, replace_synonyms
 from carma_lib.synonyms.tagging import tagged_words
@@ -25,7 +30,7 @@ def small_scorer(monkeypatch):
     model = AutoModelForCausalLM.from_config(tiny_config("llama", len(tokenizer)))
     scorer = ranking.Scorer(model, tokenizer)
     monkeypatch.setattr(ranking, "scorer", lambda: scorer)
-    monkeypatch.setattr("carma_lib.models.native_bf16", lambda: False)
+    monkeypatch.setattr("carma_lib.models.native_bf16", lambda device: False)
     return scorer
 
 
@@ -154,7 +159,7 @@ def test_cache(tmp_path, monkeypatch, small_scorer):
     assert replace_all(SENTENCES, rate=0.4, seed=1, source="ranked", cache_dir=tmp_path) == plain
     monkeypatch.undo()
     monkeypatch.setattr(ranking, "scorer", lambda: small_scorer)
-    monkeypatch.setattr("carma_lib.models.native_bf16", lambda: False)
+    monkeypatch.setattr("carma_lib.models.native_bf16", lambda device: False)
     monkeypatch.setattr(ranking, "BLOCK", 2)
     for place, content in ((0, b""), (1, files[1].read_bytes()[:40]), (2, files[0].read_bytes()[::-1])):
         files[place].write_bytes(content)
@@ -175,3 +180,21 @@ def test_what_has_no_candidates():
     for form, tag in (("london", "NNP"), ("the", "DT"), ("zorblax", "NN")):
         assert ranking.candidates(form, tag) == ()
     assert ranking.rank("") == {} and ranking.rank("It is on it.") == {}
+
+
+def test_cells_are_asked_in_the_ranked_words(folder, client, monkeypatch):
+    """Both methods in the same words, none of them a target, and the rows say where they come from."""
+    monkeypatch.setattr(replacement, "LEAST", -1e9)  # of a random scorer no candidate is good
+    wanted = [cell_of(method, task=DICTIONARY, synonyms="ranked", adversary_rate=0.25, adversary_tries=2, depth_shares=())
+              for method in ("fine_tuning", "carma")]
+    assert run(wanted, folder, client) == {}
+    tables = [pd.read_parquet(cell_folder(folder, cell) / "answers.parquet") for cell in wanted]
+    for table in tables:
+        assert table.groupby("source").size().to_dict() == {"": 12, "ranked": 12, "adversary": 6}
+        ranked = table[table.source == "ranked"]
+        assert ranked.changed.sum() > 0 and ranked.changed.tolist() == tables[0].changed[tables[0].source == "ranked"].tolist()
+    rows = asked_rows(folder, wanted[0], "test_seen")
+    expected = replace_all(rows["text"], rate=0.25, seed=wanted[0].recipe.replacement_seed, item_ids=rows["item_id"],
+                           source="ranked", forbidden=list(rows["target"]))
+    assert replacements(folder, wanted[0], "test_seen")[0.25] == (tuple(each.text for each in expected), [each.made for each in expected])
+    assert not any(change.after == target for each, target in zip(expected, rows["target"]) for change in each.changes)

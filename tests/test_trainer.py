@@ -688,6 +688,11 @@ def test_models_that_cannot_be_trained(tmp_path):
         with pytest.raises(TypeError, match="is no decoder-only language model"):
             CarmaTrainer(model, arguments(tmp_path), carma=CARMA, processing_class=TOKENIZER)
     model = tiny_model("gpt2")
+    model.hf_device_map = {"transformer.h.0": "cpu", "transformer.h.1": "meta"}  # as device_map="auto" leaves it with two devices
+    with pytest.raises(ValueError, match="several GPUs in one process"):
+        CarmaTrainer(model, arguments(tmp_path), carma=CARMA, processing_class=TOKENIZER)
+    CarmaTrainer(model, arguments(tmp_path), carma=CarmaConfig(carma_weight=0), processing_class=TOKENIZER)
+    model = tiny_model("gpt2")
     model.transformer.h = torch.nn.Sequential(*model.transformer.h)
     with pytest.raises(TypeError, match="no list of 3 decoder blocks"):
         CarmaTrainer(model, arguments(tmp_path), carma=CARMA, processing_class=TOKENIZER)

@@ -1,5 +1,6 @@
 """Write `golden/small_cells.json`, what `test_lab_train.py` holds small trainings to. Run it only for a change that is meant."""
 import json
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -19,5 +20,8 @@ if __name__ == "__main__":
                                "item_id": table.item_id.astype(str).tolist(), "changed": table.changed.tolist(),
                                "log_probability": [round(float(value), 2) for value in table.log_probability],
                                "rank": table["rank"].tolist(), "prediction": table.prediction.astype(str).tolist()}
+        for method in content.keys() - {"fine_tuning"}:  # else the tolerance of 0.02 could not tell whether a method is at work
+            apart = [abs(one - other) for one, other in zip(content[method]["log_probability"], content["fine_tuning"]["log_probability"])]
+            assert statistics.median(apart) > 0.2, (method, apart)
         GOLDEN.parent.mkdir(exist_ok=True)
         GOLDEN.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -54,6 +54,8 @@ class Cell:
             if name != EXAMPLES:
                 task_named(name)
         check_method(self.method)
+        if self.method == "l2_sp" and self.recipe.processes > 1:
+            raise ValueError("l2_sp needs whole weights in every process: take processes=1")
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")
         if self.strength is not None:

@@ -52,18 +52,19 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> float:
     """exp of the mean of −log p(token | the tokens before it), in [1, ∞]; lower is better.
 
     The mean is over all real tokens of all rows but each row's first, which nothing precedes. `batches`
-    as for `hidden_state_drift`. `ValueError`: logits that are not finite, or no row of two real tokens.
+    as for `hidden_state_drift`. Memory: the logits of a batch, and those of a row in float32. `ValueError`: logits that
+    are not finite, or no row of two real tokens.
     """
     total, predicted = 0.0, 0
     with evaluation_mode(model):
         for batch in batches:
             inputs = _inputs(model, batch)
             ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-            logits = model(**inputs, use_cache=False).logits[:, -ids.size(1):]
             counted = mask[:, 1:] & mask[:, :-1]
-            losses = F.cross_entropy(logits[:, :-1][counted].float(), ids[:, 1:][counted], reduction="none")
-            total += losses.double().sum().item()
-            predicted += len(losses)
+            for logits, targets, asked in zip(model(**inputs, use_cache=False).logits[:, -ids.size(1):-1], ids[:, 1:], counted):
+                losses = F.cross_entropy(logits[asked].float(), targets[asked], reduction="none")
+                total += losses.double().sum().item()
+                predicted += len(losses)
     if not predicted:
         raise ValueError("no row has a second real token: there is nothing to predict")
     if not math.isfinite(total):
@@ -78,7 +79,7 @@ class _Layer:
         self.tokens, self.drift, self.cosine, self.sums, self.products = 0, 0, 0, 0, 0
 
     def add(self, states: Tensor, before: Tensor) -> None:
-        states, before = states.double(), before.to(states.device).double()
+        states, before = states.cpu().double(), before.cpu().double()  # where there is room for the sums
         norms = before.norm(dim=-1).clamp_min(torch.finfo(before.dtype).tiny)
         self.drift += ((states - before).norm(dim=-1) / norms).sum()
         self.cosine += F.cosine_similarity(states, before, dim=-1).sum()

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from carma_lib.blocks import takes
 from carma_lib.collate import Collator, answerable, encode
 from carma_lib.lab.cell import Cell
 from carma_lib.lab.start import content_of, depth_of, model_name, prompt_of, rows_of, tokenizer_of
@@ -97,9 +98,12 @@ def _score_texts(model: Any, batch: dict[str, torch.Tensor], tokenizer: Any) -> 
     Until the first wrong token the greedy answer is what this one pass reads; the prediction, and its probability, go
     up to there, and `token` is its last one. rank: the worst of the answer's tokens; log_probability: of the whole answer.
     """
-    labels = batch["labels"][:, 1:]
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    logits = model(**inputs, use_cache=False).logits[:, -batch["labels"].size(1):][:, :-1]
+    answered = (batch["labels"] != -100).any(0).nonzero()
+    from_first = batch["labels"].size(1) - int(answered[0]) + 1  # positions that have logits: from the one before an answer
+    settings = {"logits_to_keep": from_first} if takes(model, "logits_to_keep") else {}
+    logits = model(**inputs, use_cache=False, **settings).logits[:, -from_first:-1]
+    labels = batch["labels"][:, 1 - from_first:]
     asked, rows = labels != -100, []
     for row in range(len(labels)):
         targets, found = labels[row][asked[row]], logits[row][asked[row]]

@@ -21,7 +21,8 @@ from carma_lib.lab.train import measure
 from carma_lib.tasks.controlled.lexicon import controlled_synonyms
 from carma_lib.tasks.wordnet import example_sentences
 
-TEXT_BATCH, TEXT_STEP, TEXTS = 64, 5, 200  # every fifth validation text, or so many, are enough for a perplexity
+TEXT_BATCH, TEXT_TOKENS = 64, 4096  # rows and tokens of a batch of plain texts: each token has logits of a whole vocabulary
+TEXT_STEP, TEXTS = 5, 200  # every fifth validation text, or so many, are enough for a perplexity
 
 
 def seen_split(folder: Path, cell: Cell) -> str:
@@ -120,6 +121,15 @@ def _text_batches(folder: Path, cell: Cell, name: str) -> list[dict[str, torch.T
         else:
             rows = text_rows(folder, of, cell, "validation")
             rows = rows[:TEXTS] if name else rows[::TEXT_STEP]
-        rows, collate = sorted(rows, key=lambda row: len(row["input_ids"])), Collator(tokenizer)
-        _known_texts[key] = [collate(rows[first:first + TEXT_BATCH]) for first in range(0, len(rows), TEXT_BATCH)]
+        _known_texts[key] = [Collator(tokenizer)(batch) for batch in _in_batches(rows)]
     return _known_texts[key]
+
+
+def _in_batches(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Shorter rows first, at most `TEXT_BATCH` of them and `TEXT_TOKENS` tokens with their padding in a batch."""
+    batches: list[list[dict[str, Any]]] = []
+    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
+        full = not batches or len(batches[-1]) >= min(TEXT_BATCH, TEXT_TOKENS // len(row["input_ids"]))
+        batches += [[]] if full else []
+        batches[-1].append(row)
+    return batches

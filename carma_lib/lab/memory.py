@@ -3,10 +3,10 @@
 Bytes a process, from the configuration alone (weights are counted on the meta device, nothing is loaded):
 
     weights      4 a parameter; with bf16 2 more for the copy that matrix products read. Frozen starts of
-                 adapters: 2 (bf16), 4 (float32), or for "qlora" 0.52 in the blocks' linear maps and 2 elsewhere,
+                 adapters: 2 (bf16), 4 (float32), or for "qlora" 0.52 in the blocks' linear maps and 4 elsewhere,
                  and 4 for each weight of an adapter
     gradients    4 a trained weight
-    optimizer    8 a trained weight: Adam's two moments
+    optimizer    8 a trained weight: Adam's two moments; with L2-SP 16: also the start and the distance from it
     activations  blocks × tokens × (6 d · 4 + (6 d + 5 f) · b) + rows × p × vocabulary × 12
                  + layers read by CARMA × tokens × 4 d bytes
 
@@ -26,7 +26,7 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import psutil
@@ -58,14 +58,14 @@ class MemoryEstimate(NamedTuple):
         return sum(self)
 
 
-def estimate_memory(config: PretrainedConfig, recipe: Recipe, *, tokens: int, predicted: int = 1) -> MemoryEstimate:
+def estimate_memory(config: PretrainedConfig, recipe: Recipe, *, tokens: int, predicted: int = 1, l2_sp: bool = False) -> MemoryEstimate:
     """The estimate of the module's formula. tokens: of the longest row with its prompt; predicted: so many of them have logits."""
     everything, linear, widths = _count(type(config), config.to_json_string(use_diff=False))
     adapter, shards = recipe.lora_rank * widths, recipe.processes
     trained = everything if recipe.adapter == "none" else adapter
-    weights = {"none": everything * 4 + recipe.bf16 * linear * 2, "qlora": 0.52 * linear + 2 * (everything - linear) + 4 * adapter,
+    weights = {"none": everything * 4 + recipe.bf16 * linear * 2, "qlora": 0.52 * linear + 4 * (everything - linear) + 4 * adapter,
                "lora": everything * (2 if recipe.bf16 else 4) + 4 * adapter}[recipe.adapter]
-    return MemoryEstimate(int(weights / shards), 4 * trained // shards, 8 * trained // shards,
+    return MemoryEstimate(int(weights / shards), 4 * trained // shards, (16 if l2_sp else 8) * trained // shards,
                           _activations(config, recipe, tokens, predicted))
 
 
@@ -146,11 +146,14 @@ def _cheaper(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield ", ".join(f"{name}={value!r}" for name, value in way.items()), recipe.but(**way)
 
 
-def memory_table(config: PretrainedConfig, recipe: Recipe, *, tokens: int, predicted: int = 1, workers: int = 1) -> pd.DataFrame:
-    """The recipe as asked for, then cheaper ones: GiB of each part for all `workers`, total, and whether it fits."""
+def memory_table(config: PretrainedConfig, recipe: Recipe, *, workers: int = 1, **rest: Any) -> pd.DataFrame:
+    """The recipe as asked for, then cheaper ones: GiB of each part for all `workers`, total, and whether it fits.
+
+    rest: `tokens`, `predicted` and `l2_sp` of `estimate_memory`.
+    """
     free, rows = available_memory()[0], []
     for name, each in (("as asked for", recipe), *_cheaper(recipe)):
-        estimate = estimate_memory(config, each, tokens=tokens, predicted=predicted)
+        estimate = estimate_memory(config, each, **rest)
         times = workers * (1 if torch.cuda.is_available() else each.processes)  # processes have a GPU each
         parts = {**estimate._asdict(), "total": estimate.total}
         rows.append({"settings": name, **{part: times * size / GIB for part, size in parts.items()},
@@ -158,10 +161,10 @@ def memory_table(config: PretrainedConfig, recipe: Recipe, *, tokens: int, predi
     return pd.DataFrame(rows)
 
 
-def check_memory(config: PretrainedConfig, recipe: Recipe, *, tokens: int, predicted: int = 1, workers: int = 1) -> None:
-    """`NotEnoughMemory` if `workers` trainings at a time do not fit, naming the first cheaper way that does."""
+def check_memory(config: PretrainedConfig, recipe: Recipe, *, workers: int = 1, **rest: Any) -> None:
+    """`NotEnoughMemory` if `workers` trainings at a time do not fit, naming the first cheaper way that does; see `memory_table`."""
     free, where = available_memory()
-    table = memory_table(config, recipe, tokens=tokens, predicted=predicted, workers=workers)
+    table = memory_table(config, recipe, workers=workers, **rest)
     asked, fitting = table.iloc[0], table[table["fits"]]
     if asked["fits"]:
         return

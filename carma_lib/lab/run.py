@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from carma_lib.files import RunError, locked, remove_partial, write_json
 from carma_lib.lab.cell import Cell, cell_folder
-from carma_lib.lab.cluster import default_workers, end_if_worker, gpu_groups, local_client
+from carma_lib.lab.cluster import LOST_WORKERS, default_workers, end_if_worker, gpu_groups, local_client
 from carma_lib.lab.recipe import EXAMPLES
 from carma_lib.lab.study import Study, best_trials, chosen
 from carma_lib.lab.tables import in_archive, pack, read_cells
@@ -26,6 +27,7 @@ from carma_lib.tasks import DataNotFound, build_task, read_card
 from carma_lib.tasks.file import PREFIX as OWN
 
 COLLECT_SECONDS = 30
+FULL = 2**20  # bytes free of a disk on which not every write says by itself that it is full
 
 
 class CellFailed(RuntimeError):
@@ -62,7 +64,8 @@ def run(cells: Iterable[Cell], folder: Path, client: Client | None = None, *, wo
         book = _Book(folder, cells, stage, done or (lambda cell: False))
         if book.open:
             gpus = max(cell.recipe.processes for cell in book.open)
-            workers = default_workers(gpus) if workers is None else workers
+            if client is None and workers is None:
+                workers = default_workers(gpus)
             sharing = 1 if client else math.ceil(workers / max(1, len(gpu_groups(gpus))))
             with contextlib.nullcontext(client) if client else local_client(workers, gpus_each=gpus) as own:
                 _drive(own, book, retries=retries, stop=errors == "stop", sharing=sharing, collect=collect)
@@ -114,6 +117,7 @@ class _Book:
         self.folder, self.stage = folder, stage
         self.states = {cell: "done" if elsewhere(cell) or is_done(folder, cell, stage) else "open" for cell in cells}
         self.names, self.failed = names_of(cells), dict[Cell, str]()
+        self._lost_before = {cell: self._counts(cell)[1] for cell in self.open}
         for cell in self.open:  # what an attempt of an earlier run said
             for file in ("failure.txt", "work/step"):
                 with contextlib.suppress(OSError):
@@ -130,13 +134,22 @@ class _Book:
             self.failed[cell], more = reason, cell_folder(self.folder, cell) / "failure.txt"
             tqdm.write(f"{self.names[cell]} failed: {reason}" + (f"\n  {more}" if more.is_file() else ""))
 
+    def _counts(self, cell: Cell) -> tuple[int, int]:
+        """How often a cell was begun, and how often it did not come to an end, which may be that it is at work."""
+        counts = Counter(line["state"] for line in attempts(cell_folder(self.folder, cell)))
+        return counts["begun"], counts["begun"] - counts["done"] - counts["failed"]
+
+    def lost(self, cell: Cell) -> int:
+        """How many workers were lost to a cell in this run."""
+        return self._counts(cell)[1] - self._lost_before[cell]
+
     def save(self) -> None:
         cells = {}
         for cell, state in self.states.items():
-            counts = Counter(line.get("state") for line in attempts(cell_folder(self.folder, cell)))
-            lost = counts["begun"] - counts["done"] - counts["failed"] if state != "open" else 0
-            cells[self.names[cell]] = {"state": state, "attempts": counts["begun"], "lost": lost, "place": cell.place.as_posix(),
-                                **({"reason": self.failed[cell]} if cell in self.failed else {})}
+            begun, lost = self._counts(cell)
+            cells[self.names[cell]] = {"state": state, "attempts": begun, "lost": lost if state != "open" else 0,
+                                       "place": cell.place.as_posix(),
+                                       **({"reason": self.failed[cell]} if cell in self.failed else {})}
         states = Counter(self.states.values())
         write_json(self.folder / "cells" / "status.json", {
             "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -155,7 +168,11 @@ def _drive(client: Client, book: _Book, *, retries: int, stop: bool, sharing: in
                     wait(list(flight), timeout=1, return_when="FIRST_COMPLETED")
                 ended = [future for future in flight if future.done()]
                 for future in ended:
-                    _settle(book, flight.pop(future), future, stop=stop)
+                    cell = flight.pop(future)
+                    if _lost_beside_others(book, cell, future):
+                        flight |= _submit(client, book, [cell], retries=retries, sharing=sharing)
+                    else:
+                        _settle(book, cell, future, stop=stop)
                 reached |= {cell: max(reached[cell], _share(book.folder, cell)) for cell in flight.values()}
                 bar.n = round(len(cells) - len(flight) + sum(reached[cell] for cell in flight.values()), 1)
                 failed = f"{len(book.failed)} failed" if book.failed else ""
@@ -171,7 +188,8 @@ def _drive(client: Client, book: _Book, *, retries: int, stop: bool, sharing: in
         except BaseException:
             with contextlib.suppress(Exception):
                 client.cancel(list(flight), force=True)
-            book.save()
+            with contextlib.suppress(OSError):  # of a full disk, which is told of by what is raised here
+                book.save()
             raise
 
 
@@ -199,6 +217,12 @@ def _submit(client: Client, book: _Book, cells: list[Cell], *, retries: int, sha
     return flight
 
 
+def _lost_beside_others(book: _Book, cell: Cell, future: Future) -> bool:
+    """Whether Dask gave a cell up for workers that were lost to others: it counts a loss for all that waited there."""
+    error = future.exception() if future.status == "error" else None
+    return isinstance(error, KilledWorker) and error.task == future.key and book.lost(cell) <= LOST_WORKERS
+
+
 def _settle(book: _Book, cell: Cell, future: Future, *, stop: bool) -> None:
     """Enter how a cell ended. `RunError` if no other can go on, `CellFailed` to stop at the first failure."""
     if future.status == "finished":
@@ -208,10 +232,10 @@ def _settle(book: _Book, cell: Cell, future: Future, *, stop: bool) -> None:
     if error is None or isinstance(error, CancelledError):
         raise RunError("the connection to the workers is lost; done cells are kept, the same command goes on")
     full = getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-    if full or "No space left on device" in str(error):
+    if full or "No space left on device" in str(error) or shutil.disk_usage(book.folder).free < FULL:
         raise RunError(f"a disk is full, that of {book.folder} unless this names another: {one_line(error)}; free some, "
                        "then the same command goes on from what is done") from error
-    reason = (f"its worker ended abruptly {error.allowed_failures + 1} times (killed, or out of memory)"
+    reason = (f"its worker ended abruptly {book.lost(cell) or error.allowed_failures + 1} times (killed, or out of memory)"
               if isinstance(error, KilledWorker) else one_line(error))
     book.put(cell, "failed", reason)
     if stop:

@@ -150,7 +150,7 @@ def make_base(folder: Path, cell: Cell) -> Path:
             learning_rate=recipe.base_learning_rate, warmup_steps=recipe.warmup_steps,
             lr_scheduler_type="constant_with_warmup", max_grad_norm=1.0, seed=cell.seed, save_strategy="no",
             eval_strategy="no", logging_steps=100, train_sampling_strategy="group_by_length", report_to="none",
-            disable_tqdm=True, dataloader_pin_memory=False)
+            disable_tqdm=True, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available())
         trainer = CarmaTrainer(model, one_gpu(arguments), carma=CarmaConfig(carma_weight=0),
                                train_dataset=text_rows(folder, tasks, cell, "train"), data_collator=Collator(tokenizer))
         trainer.remove_callback(PrinterCallback)

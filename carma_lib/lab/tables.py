@@ -24,7 +24,8 @@ def pack(folder: Path, cells: Iterable[Cell], archive: Path) -> pd.DataFrame:
     """Put the finished cells of a run folder into an archive's three files, in the order of `cells`; the facts of all.
 
     What the archive holds of other cells stays, unless it is the run folder itself, which has them in their own folders.
-    Of several runs that pack into one archive, each waits for the other.
+    Of several runs that pack into one archive, each waits for the other. `RunError` for cells of one start that were
+    computed in two precisions, unless `precision` is what was varied.
     """
     ready = [cell for cell in dict.fromkeys(cells) if is_tested(folder, cell)]
     if not ready:
@@ -38,6 +39,7 @@ def _packed(folder: Path, ready: list[Cell], archive: Path) -> pd.DataFrame:
     facts = facts.drop(columns="sha256", errors="ignore").astype({"strength": float, "change": str, "value": str, "trial": bool})
     known = read_facts(archive if archive != folder else archive / "none")
     stays = known[~known["cell"].isin(facts["cell"])] if len(known) else known
+    _check_precision(pd.concat([part for part in (stays, facts) if len(part)]), archive)
     tables = {"cells": [pa.Table.from_pandas(part, preserve_index=False) for part in (stays, facts) if len(part)]}
     for name, file in (("measures", "measures.parquet"), ("results", "answers.parquet")):
         old = []
@@ -53,6 +55,15 @@ def _packed(folder: Path, ready: list[Cell], archive: Path) -> pd.DataFrame:
         with whole_file(archive / f"{name}.parquet") as temporary:
             parquet.write_table(whole, temporary, compression="zstd", compression_level=15, row_group_size=200_000)
     return read_facts(archive)
+
+
+def _check_precision(facts: pd.DataFrame, archive: Path) -> None:
+    varied = facts["change"] == "precision"
+    for start, mixed in facts[~varied].groupby("start")["bf16"] if "bf16" in facts else ():
+        if mixed.nunique() > 1:
+            raise RunError(f"of the cells from {start}, {int(mixed.eq(True).sum())} were computed in bf16 and {int(mixed.eq(False).sum())} in "
+                           f"float32, as machines do by themselves: keep those of one kind in {archive}, and go on on machines of that kind "
+                           "or with precision set")
 
 
 def _part(file: Path, cell: Cell) -> pa.Table:

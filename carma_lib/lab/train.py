@@ -1,6 +1,7 @@
 """Train one cell: the trainer of its method on its start, validated on the way, kept with its history."""
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -55,7 +56,10 @@ def trained(folder: Path, cell: Cell) -> Trained:
         return Trained(_on_device(model.eval()), on_the_way, facts["measures"], facts)
     if cell.recipe.processes > 1 and not torch.distributed.is_initialized() and "LOCAL_RANK" not in os.environ:
         _in_processes(folder, cell)
-        return trained(folder, cell)
+        found = trained(folder, cell)
+        if not cell.recipe.keep_model:
+            shutil.rmtree(own / "model", ignore_errors=True)  # in which the processes handed it over
+        return found
     torch.set_num_threads(cell.recipe.threads)
     return _train(folder, cell, own, steps)
 
@@ -107,6 +111,7 @@ def _train(folder: Path, cell: Cell, own: Path, steps: int) -> Trained:
         shutil.rmtree(work, ignore_errors=True)
     model = trainer.model.eval()
     del trainer
+    gc.collect()  # the optimizer's state, which the trainer's circles of references keep from the tests
     return Trained(model, on_the_way.tables, on_the_way.measures, facts)
 
 
@@ -198,7 +203,7 @@ def _arguments(work: Path, cell: Cell, steps: int) -> TrainingArguments:
         lr_scheduler_type={"linear": "linear", "constant": "constant_with_warmup"}[recipe.schedule], max_grad_norm=1.0,
         seed=cell.seed, eval_strategy="steps" if best else "no", save_strategy="steps" if best else "no",
         logging_steps=min(every, 25), train_sampling_strategy="group_by_length", report_to="none", disable_tqdm=True,
-        bf16=recipe.bf16, use_cpu=not cuda and (recipe.bf16 or recipe.processes > 1), dataloader_pin_memory=cuda, **more))
+        bf16=recipe.bf16, use_cpu=not cuda, dataloader_pin_memory=cuda, **more))
 
 
 def _open_work(folder: Path, cell: Cell, work: Path) -> bool:

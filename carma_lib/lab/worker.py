@@ -60,7 +60,8 @@ def prepare(folder: Path, cells: list[Cell], sharing: int, stage: Stage) -> None
             check_loading(first.recipe.start, config, first.recipe)
         longest = max(len(row["input_ids"]) for row in rows)
         check_memory(config, first.recipe, tokens=longest, workers=sharing,
-                     predicted=1 if task_named(first.task).answer == "token" else longest)
+                     predicted=1 if task_named(first.task).answer == "token" else longest,
+                     l2_sp=any(cell.method == "l2_sp" for cell in to_train))
     if stage == "tested" and not all(cell.trial for cell in cells):
         if EXAMPLES in first.recipe.plain_texts:
             wordnet()  # else its lack would be told after the training

@@ -177,10 +177,10 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def native_bf16() -> bool:
-    """Whether what trains here computes bfloat16 itself, so that autocast to it is faster: a GPU without emulation, else
-    a processor with AVX-512's or AMX's bfloat16 instructions for PyTorch's oneDNN."""
-    if torch.cuda.is_available():
+def native_bf16(device: str | None = None) -> bool:
+    """Whether a device ("cuda" or "cpu"; None: the one that trains here) computes bfloat16 itself, so that autocast to
+    it is faster: a GPU without emulation, a processor with AVX-512's or AMX's instructions for PyTorch's oneDNN."""
+    if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     can = getattr(torch.cpu, "get_capabilities", dict)()
     return (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -233,7 +233,7 @@ def _four_bits():
         raise ValueError("4-bit weights need a CUDA GPU and bitsandbytes (pip install bitsandbytes); "
                          "adapter 'lora' does without both")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=torch.bfloat16)
+                              bnb_4bit_compute_dtype=torch.bfloat16 if native_bf16() else torch.float32)
 
 
 def _place(start: str | Path) -> str:

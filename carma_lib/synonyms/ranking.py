@@ -191,7 +191,7 @@ class Scorer:
             sees[place, place] = True
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
         device = self.model.device
-        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=native_bf16()):
+        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=native_bf16(device.type)):
             out = self.model.model(
                 input_ids=torch.tensor([tokens], device=device), attention_mask=sees[None, None].to(device),
                 position_ids=torch.tensor([depths], device=device), output_hidden_states=True, use_cache=False)
