@@ -198,14 +198,6 @@ def test_score_by_hand():
             _score(torch.tensor([[wrong, 1.0]]), torch.tensor([0]))
 
 
-@pytest.mark.parametrize(("logits", "rank"), [
-    ([0.0, 0.0, 0.0, 0.0], 4), ([1.0, 1.0, 2.0, 2.0], 2), ([1.0, 1.0, 1.0, 2.0], 1), ([0.0, 1.0, 2.0, 1.0], 3), ([3.0, 2.0, 1.0, 0.0], 4)])
-def test_a_tie_is_not_a_win(logits, rank):
-    """The rank of the last token: how many are as likely or more, itself among them."""
-    frame = _score(torch.tensor([logits]), torch.tensor([3]))
-    assert frame["rank"].tolist() == [rank] and frame.correct.tolist() == [rank == 1]
-
-
 def test_a_collapsed_model_knows_nothing():
     tokenizer, model = byte_level_tokenizer(), tiny_model("gpt2")
     with torch.no_grad():
