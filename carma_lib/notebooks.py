@@ -217,6 +217,7 @@ def if_full(message: str) -> str:
 def tidy_notebook(path: Path) -> None:
     """Drop progress bars, widget state and papermill's own records; join streams that papermill cut in pieces."""
     import nbformat
+    from nbconvert.preprocessors.coalescestreams import CoalesceStreamsPreprocessor
 
     try:
         notebook = nbformat.read(path, as_version=4)
@@ -226,21 +227,12 @@ def tidy_notebook(path: Path) -> None:
                          if key in ("kernelspec", "language_info")}
     for cell in notebook.cells:
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
-        if cell.cell_type != "code":
-            continue
-        outputs: list[Any] = []
-        for output in cell.outputs:
-            if any("widget" in kind for kind in output.get("data", {})):
-                continue
-            if output.output_type == "stream":
-                if output.name == "stderr" and ("\r" in output.text or "IProgress not found" in output.text):
-                    continue
-                if outputs and outputs[-1].output_type == "stream" and outputs[-1].name == output.name:
-                    outputs[-1].text += output.text
-                    continue
-            outputs.append(output)
-        cell.outputs = [output for output in outputs
-                        if not (output.output_type == "stream" and not output.text.strip())]
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not (
+                any("widget" in kind for kind in output.get("data", {})) or output.get("name") == "stderr"
+                and ("\r" in output.text or "IProgress not found" in output.text))]
+            CoalesceStreamsPreprocessor().preprocess_cell(cell, {}, 0)
+            cell.outputs = [output for output in cell.outputs if output.get("text", "x").strip()]
     nbformat.write(notebook, path)
 
 

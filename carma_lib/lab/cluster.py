@@ -46,14 +46,14 @@ def default_workers(gpus_each: int = 1) -> int:
 
 
 @contextlib.contextmanager
-def local_client(workers: int | None = None, *, gpus_each: int = 1) -> Iterator[Client]:
+def local_client(workers: int, *, gpus_each: int = 1) -> Iterator[Client]:
     """A client of `workers` processes of this machine, each with GPUs of its own if there are some.
 
     A lost worker is replaced; all end with this process. `ValueError` for fewer than one worker, `RunError` if they do
     not start.
     """
     end_if_worker()
-    groups, workers = gpu_groups(gpus_each), default_workers(gpus_each) if workers is None else workers
+    groups = gpu_groups(gpus_each)
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     environments = [{"CUDA_VISIBLE_DEVICES": groups[number % len(groups)]} if groups else {} for number in range(workers)]
@@ -141,20 +141,20 @@ def slurm_client(file: Path) -> Iterator[Client]:
 
 
 @contextlib.contextmanager
-def _lookout(client: Client, *, look: float = 20, again: float = 300) -> Iterator[None]:
+def _lookout(client: Client) -> Iterator[None]:
     """Meanwhile say that no worker is connected: at first, and each time that the last one has gone."""
     ended = threading.Event()
 
     def watch() -> None:
         told, when = False, float("-inf")
-        while not ended.wait(look):
+        while not ended.wait(20):
             try:
                 alone = not client.nthreads()
             except Exception:  # the connection is lost, which the run's own calls notice
                 continue
             if not alone:
                 told = False
-            elif not told and time.monotonic() - when >= again:
+            elif not told and time.monotonic() - when >= 300:
                 tqdm.write(f"no worker is connected to {client.scheduler.address}; waiting for one (start workers, or "
                            "see what the queue does with their jobs)")
                 told, when = True, time.monotonic()

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from sklearn.linear_model import Ridge, RidgeClassifier
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 from carma_lib.blocks import evaluation_mode, read_states
 from carma_lib.losses import mutual_information_loss
@@ -84,13 +86,11 @@ def additive_structure(states: np.ndarray, parts: np.ndarray) -> tuple[float, fl
     """
     if parts.shape[1] < 2 or len(states) < 2 * FOLDS:
         raise ValueError(f"{parts.shape[1]} parts in {len(states)} texts; give at least 2 parts and {2 * FOLDS} texts")
-    states = _scaled(states)
-    fold, missed = np.arange(len(states)) % FOLDS, 0.0
-    for left_out in range(FOLDS):
-        fitted = _ridge(parts[fold != left_out], states[fold != left_out])
-        missed += np.square(states[fold == left_out] - fitted(parts[fold == left_out])).sum()
-    explained = 1 - missed / np.square(states - states.mean(axis=0)).sum()
-    vectors = _ridge(parts, states)(np.eye(parts.shape[1])) - _ridge(parts, states)(np.zeros((1, parts.shape[1])))
+    states = (states - states.mean(axis=0)) / _scale(states)
+    folds = PredefinedSplit(np.arange(len(states)) % FOLDS)
+    missed = np.square(states - cross_val_predict(Ridge(alpha=RIDGE), parts, states, cv=folds)).sum()
+    explained = 1 - missed / np.square(states).sum()
+    vectors = Ridge(alpha=RIDGE).fit(parts, states).coef_.T
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
     cosines = np.abs(unit @ unit.T)[np.triu_indices(len(unit), 1)]
     return float(explained), float(cosines.mean())
@@ -102,24 +102,10 @@ def read_out_accuracy(states: np.ndarray, targets: Sequence[str], others: np.nda
 
     One ridge regression a target on indicators; the largest output is the answer.
     """
-    names = sorted(set(targets))
-    indicators = np.array([[float(target == name) for name in names] for target in targets])
     scale, middle = _scale(states), states.mean(axis=0)
-    outputs = _ridge((states - middle) / scale, indicators)((others - middle) / scale)
-    return float(np.mean([names[place] == target for place, target in zip(outputs.argmax(axis=1), other_targets)]))
+    fitted = RidgeClassifier(alpha=RIDGE).fit((states - middle) / scale, targets)
+    return float(fitted.score((others - middle) / scale, other_targets))
 
 
 def _scale(states: np.ndarray) -> float:
     return float(np.sqrt(np.square(states - states.mean(axis=0)).mean())) or 1.0
-
-
-def _scaled(states: np.ndarray) -> np.ndarray:
-    return (states - states.mean(axis=0)) / _scale(states)
-
-
-def _ridge(inputs: np.ndarray, outputs: np.ndarray):
-    """The linear fit outputs ≈ a + inputs · B with penalty RIDGE on B, as a function of new inputs."""
-    centre, mean = inputs.mean(axis=0), outputs.mean(axis=0)
-    centred = inputs - centre
-    weights = np.linalg.solve(centred.T @ centred + RIDGE * np.eye(inputs.shape[1]), centred.T @ (outputs - mean))
-    return lambda new: mean + (new - centre) @ weights

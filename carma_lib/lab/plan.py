@@ -1,18 +1,8 @@
 """A sweep read from its file and checked: tasks × models × methods × seeds, a cell each.
 
-    run_dir: runs/my-sweep                  # where it goes; a relative folder counts from the working directory
-    tasks: [controlled_sentiment]
-    models: [random, gpt2, {start: ../my-model, learning_rate: 0.0001}]
-    methods: [fine_tuning, carma]
-    seeds: [1, 2, 3]
-    settings: {steps: {sentiment: 300}, batch_size: 32, carma_weight: 0.2}
-    conditions: {rates: [0.25], pooled_items: 100}
-    data: {controlled_sentiment: {seed: 7}}
-
-`settings` and `conditions` take the fields of `lab.recipe.Recipe` (of its `Training` and `Testing`), `data` for each
-task the parameters of `tasks.build_task`; all three may be left out. A model is "random", a name, hub id or folder of
-a pretrained one, or a mapping with `start` and the settings in which it differs. For a pretrained model what is not
-given comes from the model table; a small random one has the defaults.
+`sweeps/example.yml` explains every key. A model is "random", a name, hub id or folder of a pretrained one, or a mapping
+with `start` and the settings in which it differs. For a pretrained model what is not given comes from the model table;
+a small random one has the defaults.
 """
 from __future__ import annotations
 

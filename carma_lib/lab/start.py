@@ -18,7 +18,7 @@ from carma_lib.losses import CarmaConfig
 from carma_lib.methods import METHODS
 from carma_lib.models.table import find_model
 from carma_lib.models import Prompt, load_config, load_model, load_tokenizer, prompt_for, random_model, small_model, train_tokenizer
-from carma_lib.synonyms.replacement import with_synonym_copies
+from carma_lib.synonyms.replacement import replaced_rows
 from carma_lib.tasks import load_task, read_card, task_named
 from carma_lib.trainer import CarmaTrainer
 
@@ -195,7 +195,8 @@ def _training_rows(folder: Path, task: str, number: int, level: str, rate: float
     if number:
         rows = rows.shuffle(seed=0).select(range(min(number, len(rows))))
     if rate is not None:
-        rows = with_synonym_copies(rows, rate=rate, cache_dir=folder / "cache", **task_named(task).replacement(rows))
+        copies, _ = replaced_rows(rows, rate=rate, seed=0, cache_dir=folder / "cache", **task_named(task).replacement(rows))
+        rows = datasets.concatenate_datasets([rows, copies])
     encoded = encode(rows, tokenizer, prefix=prompt.prefix, suffix=prompt.suffix, level=level, drop=drop,
                      answer=task_named(task).answer)
     return encoded.select_columns(["input_ids", "constituent_ids", answer_column(task)]).to_list()

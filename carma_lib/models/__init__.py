@@ -20,6 +20,7 @@ from carma_lib.models.table import Prompt, prompt_for
 __all__ = ["SMALL_FAMILIES", "ModelNotFound", "Prompt", "add_adapter", "load_config", "load_model", "load_tokenizer",
            "native_bf16", "prompt_for", "save_adapter", "small_model", "train_tokenizer"]
 
+SMALL_POSITIONS = 256  # tokens of the longest text of a small model
 SMALL_FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "phi3")
 
 
@@ -52,7 +53,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int,
 
 
 def small_model(family: str, tokenizer: PreTrainedTokenizerFast, *, layers: int = 4, width: int = 128,
-                heads: int = 4, max_length: int = 256, seed: int = 0) -> PreTrainedModel:
+                heads: int = 4, seed: int = 0) -> PreTrainedModel:
     """A causal language model of a family with the random weights of a seed.
 
     Raises `ValueError` for an unknown family or a width that the heads do not divide.
@@ -65,12 +66,12 @@ def small_model(family: str, tokenizer: PreTrainedTokenizerFast, *, layers: int 
               "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     if family == "gpt2":
         # the fused form of GPT-2's own activation, and no attention dropout, which has no fast path on a CPU
-        shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": max_length,
+        shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": SMALL_POSITIONS,
                  "activation_function": "gelu_pytorch_tanh", "attn_pdrop": 0.0}
     else:
         shape = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
                  "num_key_value_heads": heads, "intermediate_size": 4 * width, "head_dim": width // heads,
-                 "max_position_embeddings": max_length}
+                 "max_position_embeddings": SMALL_POSITIONS}
     config = AutoConfig.for_model(family, **shape, **tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

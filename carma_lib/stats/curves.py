@@ -10,7 +10,6 @@ from typing import NamedTuple, Sequence
 import numpy as np
 import pandas as pd
 from scipy import stats
-from scipy.integrate import trapezoid
 
 from carma_lib.stats.inference import FEWEST_SEEDS
 from carma_lib.stats.intervals import CONFIDENCE, crossed_interval
@@ -46,30 +45,6 @@ def still_rising(curves: pd.DataFrame) -> pd.DataFrame:
         lines.append(dict(zip(keys, key)) | {"last_step": int(steps[-1]), "n_seeds": rows["seed"].nunique(),
                                              "slope": 1000 * slope, "low": 1000 * low, "high": 1000 * high, "verdict": verdict})
     return pd.DataFrame(lines, columns=[*keys, "last_step", "n_seeds", "slope", "low", "high", "verdict"])
-
-
-def curve_summary(measures: pd.DataFrame, *, level: float) -> pd.DataFrame:
-    """What a learning curve says, a row a run and split: area, steps_to_level, converged.
-
-    `measures`: columns measure ("accuracy" is used), split, budget, measured (one value a budget), and those that name
-    the run: all others but `layer`. area: mean accuracy over the logarithm of the steps, by the trapezoid rule between
-    first and last budget. steps_to_level: steps until accuracy first reaches `level`, between budgets by a straight
-    line over log steps; the first budget if it is there already, NaN if it never is. converged: the last accuracy.
-    """
-    keys = [name for name in measures.columns if name not in ("measure", "budget", "layer", "measured")]
-    found = measures[(measures["measure"] == "accuracy") & (measures["split"] != "validation")]
-    lines = []
-    for key, rows in found.groupby(keys, dropna=False, sort=False):
-        rows = rows.sort_values("budget")
-        steps, values = np.log(rows["budget"].to_numpy(float)), rows["measured"].to_numpy(float)
-        area = trapezoid(values, steps) / np.ptp(steps) if len(steps) > 1 else values[0]
-        reached = np.nan
-        if (values >= level).any():
-            place = int(np.argmax(values >= level))
-            around = slice(max(place - 1, 0), place + 1)
-            reached = np.exp(np.interp(level, values[around], steps[around]))
-        lines.append(dict(zip(keys, key)) | {"area": area, "steps_to_level": reached, "converged": values[-1]})
-    return pd.DataFrame(lines)
 
 
 def check_one_value(table: pd.DataFrame, by: Sequence[str]) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.integrate import trapezoid
 from scipy.stats import spearmanr
 
-from carma_lib.stats.curves import check_one_value, clustered_slope, curve_summary, paired_differences
+from carma_lib.stats.curves import check_one_value, clustered_slope, paired_differences
 from carma_lib.stats.inference import FILTER_COLUMNS
 from carma_lib.stats.metrics import METRICS, per_seed
 from carma_lib.stats.table import select
@@ -17,11 +18,12 @@ from carma_lib.stats.table import select
 _SETUP = ["task", "start", "training_items", "split"]
 
 
-def seed_differences(table: pd.DataFrame, value: str, *, by: Sequence[str], baseline: str = "fine_tuning") -> pd.DataFrame:
-    """Each row of another method with the column `difference`: its value minus the baseline's of the same seed and `by`."""
-    check_one_value(select(table, method=baseline), by)
-    plain = select(table, method=baseline)[[*by, "seed", value]]
-    pairs = table[table["method"] != baseline].merge(plain, on=[*by, "seed"], suffixes=("", "_baseline"))
+def seed_differences(table: pd.DataFrame, value: str, *, by: Sequence[str]) -> pd.DataFrame:
+    """Each row of another method with the column `difference`: its value minus fine-tuning's of the same seed and `by`."""
+    plain = select(table, method="fine_tuning")
+    check_one_value(plain, by)
+    plain = plain[[*by, "seed", value]]
+    pairs = table[table["method"] != "fine_tuning"].merge(plain, on=[*by, "seed"], suffixes=("", "_baseline"))
     return pairs.assign(difference=pairs[value] - pairs[f"{value}_baseline"])
 
 
@@ -58,16 +60,29 @@ def forgetting(measures: pd.DataFrame) -> pd.DataFrame:
 
 
 def curve_table(measures: pd.DataFrame, *, level: float) -> pd.DataFrame:
-    """`curve_summary` of each run.
+    """What learning curves say, a row a run and test split: area, steps_to_level, converged.
 
-    level: of steps_to_level, as a share of plain fine-tuning's mean accuracy at the last budget of the same task,
-    start, training set and split.
+    `measures`: columns measure ("accuracy" is used), split, budget, measured (one value a budget), and those that name
+    the run: all others but `layer`. area: mean accuracy over the logarithm of the steps, by the trapezoid rule between
+    first and last budget. steps_to_level: steps until accuracy first reaches `level`, as a share of plain fine-tuning's
+    mean accuracy at the last budget of the same task, start, training set and split; between budgets by a straight line
+    over log steps; the first budget if it is there already, NaN if it never is. converged: the last accuracy.
     """
-    parts = []
-    for _, rows in measures.groupby(_SETUP, observed=True):
-        last = select(rows, method="fine_tuning", budget=rows["budget"].max())["measured"].mean()
-        parts.append(curve_summary(rows, level=level * last))
-    return pd.concat(parts, ignore_index=True)
+    keys = [name for name in measures.columns if name not in ("measure", "budget", "layer", "measured")]
+    found, lines = measures[(measures["measure"] == "accuracy") & (measures["split"] != "validation")], []
+    for _, of_setup in found.groupby(_SETUP, observed=True):
+        goal = level * select(of_setup, method="fine_tuning", budget=of_setup["budget"].max())["measured"].mean()
+        for key, rows in of_setup.groupby(keys, dropna=False, sort=False, observed=True):
+            rows = rows.sort_values("budget")
+            steps, values = np.log(rows["budget"].to_numpy(float)), rows["measured"].to_numpy(float)
+            area = trapezoid(values, steps) / np.ptp(steps) if len(steps) > 1 else values[0]
+            reached = np.nan
+            if (values >= goal).any():
+                place = int(np.argmax(values >= goal))
+                around = slice(max(place - 1, 0), place + 1)
+                reached = np.exp(np.interp(goal, values[around], steps[around]))
+            lines.append(dict(zip(keys, key)) | {"area": area, "steps_to_level": reached, "converged": values[-1]})
+    return pd.DataFrame(lines)
 
 
 def speed_and_level(summary: pd.DataFrame) -> pd.DataFrame:

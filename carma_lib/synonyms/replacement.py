@@ -185,15 +185,6 @@ def replaced_rows(rows: Dataset, *, source: Source = "wordnet", rate: float, see
     return type(rows).from_dict(changed, features=rows.features), [each.made for each in replaced]
 
 
-def with_synonym_copies(rows: Dataset, *, source: Source = "wordnet", rate: float,
-                        forbidden: Sequence[str] | None = None, cache_dir: str | Path | None = None) -> Dataset:
-    """The rows, then each of them a second time with synonyms (`replaced_rows`, seed 0): synonym augmentation."""
-    from datasets import concatenate_datasets
-
-    copies, _ = replaced_rows(rows, source=source, rate=rate, seed=0, forbidden=forbidden, cache_dir=cache_dir)
-    return concatenate_datasets([rows, copies])
-
-
 def worst_replacements(texts: Sequence[str], *, seeds: Iterable[int], score: Callable[[list[str]], Sequence[float]],
                        **options: Any) -> list[Replacement]:
     """An adversary: of each text's replacements under several seeds, the one with the highest loss.

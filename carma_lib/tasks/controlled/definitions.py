@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import combinations
 
-from carma_lib.tasks.controlled.lexicon import Lexicon, SynonymChoice, check_sizes, read_brackets
+from carma_lib.tasks.controlled.lexicon import Lexicon, SynonymChoice, read_brackets
 
 TASK = "controlled_inverse_dictionary"
 SIZES = {"train": 4500, "validation": 500, "test_seen": 600, "test_held_out": 600, "test_longer": 600}
+HELD_OUT_SHARE = 0.3  # of a term's pairs kept for test_held_out: at least one, if its features allow it
 TRIES = 20  # wordings tried for one definition before another is taken
 
 
 def inverse_dictionary_rows(
-    lexicon: Lexicon, *, seed: int, sizes: dict[str, int] | None = None, synonym_rate: float = 0.3,
-    held_out_share: float = 0.3,
+    lexicon: Lexicon, *, seed: int, sizes: dict[str, int] | None = None,
 ) -> dict[str, list[dict]]:
     """Rows of the controlled inverse dictionary, by split.
 
@@ -31,20 +31,15 @@ def inverse_dictionary_rows(
 
     seed            same seed, same rows
     sizes           rows by split, put over `SIZES`
-    synonym_rate    share of the words with synonyms that are written as one of them, once each synonym was
-                    written; 0 writes none
-    held_out_share  share of a term's pairs kept for test_held_out (at least one, if its features allow it)
 
-    Raises ValueError for an unknown split, a size below 1 or above what the lexicon can give, or a bad share.
+    Raises ValueError for a size above what the lexicon can give.
     """
-    sizes = check_sizes(sizes or {}, SIZES)
-    if not 0 < held_out_share < 1:
-        raise ValueError(f"held_out_share must lie between 0 and 1, got {held_out_share}")
+    sizes = {**SIZES, **(sizes or {})}
     rng = random.Random(f"{TASK}/{seed}")
-    write = SynonymChoice(lexicon.synonyms, synonym_rate, rng)
+    write = SynonymChoice(lexicon.synonyms, rng)
     seen, held_out = {}, {}
     for term in lexicon.terms:
-        seen[term], held_out[term] = _feature_sets(lexicon, term, held_out_share, rng)
+        seen[term], held_out[term] = _feature_sets(lexicon, term, HELD_OUT_SHARE, rng)
     texts: set[str] = set()
     rows = {}
 

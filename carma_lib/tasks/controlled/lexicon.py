@@ -1,7 +1,7 @@
 """The controlled lexicon: the project's own hand-written words, from which a seeded grammar makes two tasks.
 
-`data/lexicon.yml` explains its own format. `controlled_definitions` makes definitions → term from it,
-`controlled_opinions` makes opinions → sentiment; both give rows {item_id, text, target, phrases, group}
+`data/lexicon.yml` explains its own format. `definitions` makes definitions → term from it, `opinions` makes opinions →
+sentiment; both give rows {item_id, text, target, phrases, group}
 by split.
 """
 from __future__ import annotations
@@ -17,6 +17,7 @@ import yaml
 
 LABELS = ("positive", "neutral", "negative")
 SECTIONS = ("adjectives", "terms", "synonyms", "opinions")
+SYNONYM_RATE = 0.3  # share of the words with synonyms that are written as one of them, once each synonym was written
 WORD = re.compile(r"[A-Za-z]+")
 
 
@@ -186,13 +187,11 @@ def _check_keys(value: object, keys: tuple[str, ...], entry: str) -> None:
 class SynonymChoice:
     """Writes some words as one of their synonyms, the one written least so far.
 
-    A word is replaced until each of its synonyms was written once, then with probability `rate`.
+    A word is replaced until each of its synonyms was written once, then with probability `SYNONYM_RATE`.
     """
 
-    def __init__(self, synonyms: dict[str, list[str]], rate: float, rng: random.Random):
-        if not 0 <= rate <= 1:
-            raise ValueError(f"synonym_rate must lie between 0 and 1, got {rate}")
-        self.synonyms, self.rate, self.rng = synonyms, rate, rng
+    def __init__(self, synonyms: dict[str, list[str]], rng: random.Random):
+        self.synonyms, self.rng = synonyms, rng
         self.written: Counter[str] = Counter()
 
     def __call__(self, text: str) -> str:
@@ -201,10 +200,10 @@ class SynonymChoice:
     def _word(self, match: re.Match) -> str:
         word = match[0]
         choices = self.synonyms.get(word)
-        if not choices or not self.rate:
+        if not choices:
             return word
         chosen = min(choices, key=lambda choice: (self.written[choice], self.rng.random()))
-        if self.written[chosen] and self.rng.random() >= self.rate:
+        if self.written[chosen] and self.rng.random() >= SYNONYM_RATE:
             return word
         self.written[chosen] += 1
         return chosen
@@ -221,13 +220,3 @@ def read_brackets(marked: str) -> tuple[str, list[list[int]]]:
         else:
             text += piece
     return text, phrases
-
-
-def check_sizes(sizes: dict[str, int], defaults: dict[str, int]) -> dict[str, int]:
-    """The defaults with `sizes` put over them; ValueError for an unknown split or a size that is no count."""
-    for split, size in sizes.items():
-        if split not in defaults:
-            raise ValueError(f"unknown split {split!r}; choose from {', '.join(defaults)}")
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"size of split {split!r} must be a whole number of at least 1, got {size!r}")
-    return {**defaults, **sizes}

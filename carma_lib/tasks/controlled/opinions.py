@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from carma_lib.tasks.controlled.lexicon import LABELS, Lexicon, SynonymChoice, check_sizes, read_brackets
+from carma_lib.tasks.controlled.lexicon import LABELS, Lexicon, SynonymChoice, read_brackets
 
 TASK = "controlled_sentiment"
 SIZES = {"train": 4000, "validation": 500, "test_seen": 600, "test_held_out": 600, "test_longer": 600}
@@ -30,6 +30,7 @@ CLAUSES = {  # label → (construct, polarity of its word)
 COMPOUNDS = ("conjunction", "contrast", "concession")
 CONSTRUCTS = ("plain", "intensified", "downtoned", "negated", "neither", *COMPOUNDS)
 SUBORDINATORS = ("although", "though", "even though")
+HELD_OUT_SHARE = 0.2  # of the combinations kept for test_held_out
 TRIES = 2000  # sentences drawn for one row before the split counts as exhausted
 
 Combination = tuple[str, str]  # construct, opinion word
@@ -72,8 +73,7 @@ class Opinion(NamedTuple):
 
 
 def sentiment_rows(
-    lexicon: Lexicon, *, seed: int, sizes: dict[str, int] | None = None, synonym_rate: float = 0.3,
-    held_out_share: float = 0.2,
+    lexicon: Lexicon, *, seed: int, sizes: dict[str, int] | None = None,
 ) -> dict[str, list[dict]]:
     """Rows of the controlled sentiment task, by split; the labels take turns, so each split is balanced.
 
@@ -86,19 +86,14 @@ def sentiment_rows(
 
     seed            same seed, same rows
     sizes           rows by split, put over `SIZES`
-    synonym_rate    share of the words with synonyms that are written as one of them, once each synonym was
-                    written; 0 writes none
-    held_out_share  share of the combinations kept for test_held_out
 
-    Raises ValueError for an unknown split, a size below 1 or above what the lexicon can give, or a bad share.
+    Raises ValueError for a size above what the lexicon can give.
     """
-    sizes = check_sizes(sizes or {}, SIZES)
-    if not 0 < held_out_share < 1:
-        raise ValueError(f"held_out_share must lie between 0 and 1, got {held_out_share}")
+    sizes = {**SIZES, **(sizes or {})}
     rng = random.Random(f"{TASK}/{seed}")
-    write = SynonymChoice(lexicon.synonyms, synonym_rate, rng)
+    write = SynonymChoice(lexicon.synonyms, rng)
     grammar = _Grammar(lexicon.opinions, rng)
-    held_out = _held_out(grammar.words, held_out_share, rng)
+    held_out = _held_out(grammar.words, HELD_OUT_SHARE, rng)
     texts: set[str] = set()
     rows: dict[str, list[dict]] = {}
     for split, size in sizes.items():
