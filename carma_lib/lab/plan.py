@@ -11,18 +11,17 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, create_model
 
 from carma_lib.files import RunError, parse_yaml, reading, user_path
 from carma_lib.lab.cell import Cell
-from carma_lib.lab.recipe import EXAMPLES, Testing, recipe_for
-from carma_lib.methods import check_method
+from carma_lib.lab.recipe import EXAMPLES, Testing, _Strict, recipe_for
+from carma_lib.lab.study import Names, Numbers
 from carma_lib.tasks import TASKS, build_task, task_named, task_names
 from carma_lib.tasks.wordnet import SPLIT_KEYS
 
-NEEDED = ("run_dir", "tasks", "models", "methods", "seeds")
-KEYS = (*NEEDED, "settings", "conditions", "data")
 DEFAULT_STEPS = 1000  # of a small model, if the file says nothing
 
 
@@ -60,85 +59,62 @@ def read_sweep(file: Path | str) -> Sweep:
         raise RunError(f"{file}: {' '.join(str(error).split())}") from error
 
 
+class _File(_Strict):
+    """What a sweep's file holds, before its parts are looked at together."""
+
+    run_dir: Annotated[str, Field(pattern=r"\S")]
+    tasks: Names
+    models: tuple[Any, ...]
+    methods: Names
+    seeds: Numbers
+    settings: dict[str, Any] = {}
+    conditions: dict[str, Any] = {}
+    data: dict[str, dict[str, Any]] = {}
+
+    def model_post_init(self, _: Any) -> None:
+        for name in ("tasks", "models", "methods", "seeds"):
+            values = getattr(self, name)
+            if not values or any(value in values[:place] for place, value in enumerate(values)):
+                raise ValueError(f"{name} {'names something twice' if values else 'is a list of at least one, such as [a, b]'}: {list(values)}")
+
+
+#: The parameters of `build_task`, with their types.
+_Data = create_model("_Data", __base__=_Strict, **{
+    name: (Any if parameter.default is None else type(parameter.default), parameter.default)
+    for name, parameter in inspect.signature(build_task).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY})
+
+
 def _checked(file: Path, text: Any) -> Sweep:
-    _only_known("the file", text, KEYS)
-    if missing := [key for key in NEEDED if key not in text]:
-        raise ValueError(f"'{missing[0]}' is missing; a sweep has {', '.join(NEEDED)}, and may have settings, "
-                         "conditions, data")
-    if not isinstance(text["run_dir"], str) or not text["run_dir"].strip():
-        raise ValueError(f"run_dir is a folder's name, not {text['run_dir']!r}")
-    given, methods = (_names(text, key) for key in ("tasks", "methods"))
-    for task in given:
-        task_named(task)
-    names = task_names(given)
-    tasks = [names[task] for task in given]
-    for method in methods:
-        check_method(method)
-    seeds = _listed(text, "seeds")
-    if wrong := [seed for seed in seeds if type(seed) is not int]:
-        raise ValueError(f"seeds are whole numbers from 0 on, not {wrong[0]!r}")
-    text = {**text, **{key: {} for key in KEYS if key not in NEEDED and text.get(key) is None}}
-    data = _data(text["data"], given)
-    files = {task: {"file": str(user_path(task).resolve())} for task in given if names[task] != task}
-    data = {names[task]: {**data.get(task, {}), **files.get(task, {})} for task in given}
-    models = [_model(entry, text, tasks) for entry in _listed(text, "models")]
+    if not isinstance(text, Mapping):
+        raise ValueError(f"the file must hold names and values, not {text!r}")
+    given = _File(**{str(key): value for key, value in text.items() if value is not None})
+    names = task_names(given.tasks)
+    tasks = [names[task] for task in given.tasks]
+    if unknown := [task for task in given.data if task not in names]:
+        raise ValueError(f"data names '{unknown[0]}', which is no task of the sweep; there are {', '.join(names)}")
+    data = {}
+    for task in given.tasks:
+        try:
+            parameters = _Data(**given.data.get(task, {})).model_dump(exclude_unset=True)
+        except ValueError as error:
+            raise ValueError(f"data of {task}: {error}") from None
+        data[names[task]] = {**parameters, **({"file": str(user_path(task).resolve())} if names[task] != task else {})}
+        if parameters.get("split_by", "synset") not in SPLIT_KEYS:
+            raise ValueError(f"data of {task}: split_by is one of {', '.join(SPLIT_KEYS)}, not {parameters['split_by']!r}")
+    models = [_model(entry, given.settings, given.conditions, tasks) for entry in given.models]
     cells = tuple(Cell(task, method, seed, recipes[task])
-                  for recipes, task, seed, method in itertools.product(models, tasks, seeds, methods))
+                  for recipes, task, seed, method in itertools.product(models, tasks, given.seeds, given.methods))
     for cell in cells:
         if unknown := [name for name in cell.recipe.plain_texts if name not in (*TASKS, *tasks, EXAMPLES)]:
             raise ValueError(f"plain_texts names '{unknown[0]}', which is no task of the sweep; there are {', '.join((*tasks, *TASKS, EXAMPLES))}")
     if len({cell.key for cell in cells}) < len(cells):
         raise ValueError("two models of the file are trained alike, and a folder holds one training: give each its own settings of "
                          "training, and write what is tested once, under conditions")
-    run_dir = user_path(text["run_dir"])
-    return Sweep(file, run_dir if run_dir.is_absolute() else Path.cwd() / run_dir, tuple(tasks), tuple(methods), cells, data)
+    return Sweep(file, Path.cwd() / user_path(given.run_dir), tuple(tasks), given.methods, cells, data)
 
 
-def _only_known(what: str, given: Any, known: Any) -> None:
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{what} must hold names and values, not {given!r}")
-    if unknown := [key for key in given if key not in known]:
-        raise ValueError(f"{what} has the unknown key '{unknown[0]}'; known are {', '.join(known)}")
-
-
-def _listed(text: Mapping, key: str) -> list:
-    values = text[key]
-    if not isinstance(values, list) or not values:
-        raise ValueError(f"{key} is a list of at least one, such as [a, b], not {values!r}")
-    if any(value in values[:place] for place, value in enumerate(values)):
-        raise ValueError(f"{key} names something twice: {values}")
-    return values
-
-
-def _names(text: Mapping, key: str) -> list[str]:
-    values = _listed(text, key)
-    if wrong := [value for value in values if not isinstance(value, str)]:
-        raise ValueError(f"{key} holds names, not {wrong[0]!r}")
-    return values
-
-
-def _data(given: Any, tasks: list[str]) -> dict[str, dict[str, Any]]:
-    """The parameters of `build_task` for each task."""
-    known = {name: parameter.default for name, parameter in inspect.signature(build_task).parameters.items()
-             if parameter.kind is parameter.KEYWORD_ONLY}
-    _only_known("data", given, tasks)
-    for task, parameters in given.items():
-        _only_known(f"data of {task}", parameters, known)
-        for name, value in parameters.items():
-            if known[name] is not None and type(value) is not type(known[name]):
-                raise ValueError(f"data of {task}: '{name}' takes {type(known[name]).__name__}, such as "
-                                 f"{known[name]!r}, not {value!r}")
-        if parameters.get("split_by", "synset") not in SPLIT_KEYS:
-            raise ValueError(f"data of {task}: split_by is one of {', '.join(SPLIT_KEYS)}, not {parameters['split_by']!r}")
-    return {task: dict(parameters) for task, parameters in given.items()}
-
-
-def _model(entry: Any, text: Mapping, tasks: list[str]) -> dict[str, Any]:
+def _model(entry: Any, settings: dict[str, Any], conditions: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
     """The recipes of a model by task."""
-    settings, conditions = text["settings"], text["conditions"]
-    for name, part in (("settings", settings), ("conditions", conditions)):
-        if not isinstance(part, Mapping):
-            raise ValueError(f"{name} must hold names and values, not {part!r}")
     if wrong := [name for name in conditions if name not in Testing.model_fields]:
         raise ValueError(f"conditions has the unknown key '{wrong[0]}'; known are {', '.join(Testing.model_fields)}")
     own = {"start": entry} if isinstance(entry, str) else entry

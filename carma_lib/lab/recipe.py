@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pandas as pd
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from carma_lib.files import fingerprint
 from carma_lib.losses import CarmaConfig
@@ -30,17 +30,17 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-Layers = Annotated[tuple[int, int], BeforeValidator(_tuple)]
+Layers = tuple[int, int]
 
 
 class _Strict(BaseModel):
-    """Settings that refuse an unknown name or a value of another type or range in one line (`ValueError`)."""
+    """Settings that refuse an unknown name or a value of another type or range in one line (`ValueError`). Lists are tuples."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            super().__init__(**{name: _tuple(value) for name, value in values.items()})
         except ValidationError as error:
             raise ValueError(_one_line(error, type(self))) from None
 
@@ -58,7 +58,8 @@ def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
         return f"unknown setting '{name}'; there are {', '.join(sorted(kind.model_fields))}"
     if first["type"] == "missing":
         return f"'{name}' is missing"
-    why = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    why = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").replace("a valid tuple", "a list")
+    why = why.replace("a valid dictionary", "names with values")
     if first["type"] == "value_error":  # a sentence of its own, such as that of a part
         return f"{name}: {why}" if name else why
     return f"'{name}' must be {why}, not {first['input']!r}"
@@ -90,7 +91,7 @@ class Training(_Strict):
     width: Positive = 128
     heads: Positive = 4
     vocabulary_size: Annotated[int, Field(ge=258)] = 800
-    tokenizer_tasks: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
+    tokenizer_tasks: tuple[str, ...] = ()
     base_steps: Positive = 1000
     base_learning_rate: Annotated[float, Field(gt=0)] = 0.002
     steps: Positive | None = None
@@ -103,7 +104,7 @@ class Training(_Strict):
     schedule: Literal["linear", "constant"] = "linear"
     keep: Literal["best", "last"] = "best"
     evaluations: Positive = 4
-    test_at: Annotated[tuple[Positive, ...], BeforeValidator(_tuple)] = ()
+    test_at: tuple[Positive, ...] = ()
     training_items: Count = 0
     validation_items: Positive = 500
     level: Level = "word"
@@ -138,22 +139,21 @@ class Testing(_Strict):
     `tokenizer_tasks`. keep_model: keep the trained weights.
     """
 
-    test_splits: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
-    changed_splits: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
-    rates: Annotated[tuple[Share, ...], BeforeValidator(_tuple)] = (0.1, 0.25, 0.4)
+    test_splits: tuple[str, ...] = ()
+    changed_splits: tuple[str, ...] = ()
+    rates: tuple[Share, ...] = (0.1, 0.25, 0.4)
     synonyms: Literal["task", "ranked"] = "task"
     replacement_seed: Count = 0
     adversary_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
     adversary_tries: Positive = 8
-    depth_shares: Annotated[tuple[Share, ...], BeforeValidator(_tuple)] = (0.5, 0.75, 1.0)
-    protocols: Annotated[tuple[Literal[PROTOCOLS], ...], BeforeValidator(_tuple)] = PROTOCOLS
-    levels: Annotated[tuple[Level, ...], BeforeValidator(_tuple)] = ("word", "phrase")
+    depth_shares: tuple[Share, ...] = (0.5, 0.75, 1.0)
+    protocols: tuple[Literal[PROTOCOLS], ...] = PROTOCOLS
+    levels: tuple[Level, ...] = ("word", "phrase")
     test_items: Count = 0
     pooled_items: Count = 0
-    measures: Annotated[tuple[Literal["drift", "perplexity", "information", "structure"], ...],
-                        BeforeValidator(_tuple)] = ("drift", "perplexity")
+    measures: tuple[Literal["drift", "perplexity", "information", "structure"], ...] = ("drift", "perplexity")
     measured_items: Count = 200
-    plain_texts: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
+    plain_texts: tuple[str, ...] = ()
     evaluation_batch: Positive = 64
     keep_model: bool = True
 

@@ -32,8 +32,7 @@ from carma_lib.lab.recipe import Recipe, _Strict, _tuple, recipe_for
 from carma_lib.methods import check_method
 from carma_lib.tasks import task_named
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
-Numbers = Annotated[tuple[int, ...], BeforeValidator(_tuple)]
+Names, Numbers = tuple[str, ...], tuple[int, ...]
 #: Changes that set two settings at once.
 _PAIRS = {"term_weights": ("mi_weight", "stability_weight"), "layer_range": ("mi_layers", "stability_layers")}
 
@@ -70,7 +69,7 @@ class Study(_Strict):
     trials: Trials
     blocks: dict[str, Block]
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    claims: list[dict[str, Any]] = []
+    claims: tuple[dict[str, Any], ...] = ()
 
     def model_post_init(self, _: Any) -> None:
         for task in self.tasks:
