@@ -64,8 +64,8 @@ class CarmaMixin:
         _warn_of_half_precision(self.model)
         if self._carma_weighted():
             if self.args.n_gpu > 1 or self.is_model_parallel:
-                raise ValueError("several GPUs in one process are not supported: start one process a GPU with torchrun, or show "
-                                 "this one a single GPU (CUDA_VISIBLE_DEVICES=0, set before torch is imported)")
+                raise ValueError("several GPUs in one process, or another than its first, are not supported: start one process "
+                                 "a GPU with torchrun, or show this one a single GPU (CUDA_VISIBLE_DEVICES=0, set before torch is imported)")
             self.carma.for_depth(len(checked_blocks(self.model)))
 
     def train(self, *args, **kwargs):

@@ -135,7 +135,7 @@ def test_perplexity_against_the_models_own_loss(family):
     assert perplexity(model, batches_of(rows, 4)) == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
-def test_perplexity_raises_no_more_than_a_row_of_logits(monkeypatch):
+def test_perplexity_turns_one_row_of_logits_into_float32_at_a_time(monkeypatch):
     """A batch of 64 sentences and a vocabulary of 262,144 would take several GiB for each copy in float32."""
     rows, seen = random_rows(), []
     cross_entropy = torch.nn.functional.cross_entropy

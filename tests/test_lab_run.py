@@ -63,7 +63,7 @@ def table_of(folder):
     (dict(methods=["cramming"]), "unknown method 'cramming'; the methods are untuned"),
     (dict(seeds=[1, 1]), "seeds names something twice"), (dict(seeds=[0.5]), "'seeds.0' must be a valid integer"),
     (dict(seeds=[True]), "'seeds.0' must be a valid integer"), (dict(seeds=[2**32]), "seed must be a whole number"),
-    (dict(run_dir=3), "'run_dir' must be a valid string"), (dict(run_dir=None), "'run_dir' is missing"),
+    (dict(run_dir=3), "'run_dir' must be a valid string"), (dict(run_dir=" "), "'run_dir' must be a name, not ' '"), (dict(self=3), "unknown setting 'self'"), (dict(run_dir=None), "'run_dir' is missing"),
     (dict(settings={"stepz": 3}), "unknown setting 'stepz'"), (dict(settings={"steps": "3"}), "'steps' must be a valid integer"),
     (dict(settings={"steps": {"inverse_dictionary": 3}}), "steps has no number for 'sentiment'"),
     (dict(settings={"layers": 2, "mi_layers": [0, 2], "steps": 9, "warmup_steps": 1}), "mi_layers"),
@@ -224,11 +224,12 @@ def test_one_archive_holds_no_two_precisions_of_a_start(trained_run, tmp_path):
     pack(trained_run, cells[:1], tmp_path)
     facts = pd.read_parquet(tmp_path / "cells.parquet").assign(bf16=True)  # as on a machine that computes it natively
     facts.to_parquet(tmp_path / "cells.parquet")
-    with pytest.raises(RunError, match="^of the cells from random, 1 were computed in bf16 and 1 in float32"):
+    with pytest.raises(RunError, match="^of the cells from random, 1 were computed in bf16 and 1 in float32, .* end in [0-9a-f]{10}\\), and go on"):
         pack(trained_run, cells[1:], tmp_path)
     assert pd.read_parquet(tmp_path / "cells.parquet").equals(facts)
     facts.assign(change="precision", value="bf16").to_parquet(tmp_path / "cells.parquet")
     assert len(pack(trained_run, cells[1:], tmp_path)) == 2
+    tables._check_precision(pd.DataFrame({"start": ["a", "b", "a"], "bf16": [True, False, None], "change": ""}))
 
 
 def test_runs_that_pack_into_one_archive_at_once_lose_no_cell(trained_run, tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ def _score_texts(model: Any, batch: dict[str, torch.Tensor], tokenizer: Any) -> 
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     answered = (batch["labels"] != -100).any(0).nonzero()
-    from_first = batch["labels"].size(1) - int(answered[0]) + 1  # positions that have logits: from the one before an answer
+    from_first = batch["labels"].size(1) - max(1, int(answered[0])) + 1  # positions that have logits: from the one before an answer
     settings = {"logits_to_keep": from_first} if takes(model, "logits_to_keep") else {}
     logits = model(**inputs, use_cache=False, **settings).logits[:, -from_first:-1]
     labels = batch["labels"][:, 1 - from_first:]

@@ -38,7 +38,7 @@ class _Strict(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**{name: _tuple(value) for name, value in values.items()})
         except ValidationError as error:
@@ -59,7 +59,7 @@ def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"'{name}' is missing"
     why = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").replace("a valid tuple", "a list")
-    why = why.replace("a valid dictionary", "names with values")
+    why = why.replace("a valid dictionary", "names with values").replace(r"String should match pattern '\S'", "a name")
     if first["type"] == "value_error":  # a sentence of its own, such as that of a part
         return f"{name}: {why}" if name else why
     return f"'{name}' must be {why}, not {first['input']!r}"

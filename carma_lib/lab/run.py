@@ -27,6 +27,7 @@ from carma_lib.tasks import DataNotFound, build_task, read_card
 from carma_lib.tasks.file import PREFIX as OWN
 
 COLLECT_SECONDS = 30
+GIVEN_UP = 20  # so often a cell may be given up by Dask that no worker was lost to
 FULL = 2**20  # bytes free of a disk on which not every write says by itself that it is full
 
 
@@ -117,6 +118,7 @@ class _Book:
         self.folder, self.stage = folder, stage
         self.states = {cell: "done" if elsewhere(cell) or is_done(folder, cell, stage) else "open" for cell in cells}
         self.names, self.failed = names_of(cells), dict[Cell, str]()
+        self.given_up = Counter[Cell]()
         self._lost_before = {cell: self._counts(cell)[1] for cell in self.open}
         for cell in self.open:  # what an attempt of an earlier run said
             for file in ("failure.txt", "work/step"):
@@ -141,7 +143,7 @@ class _Book:
 
     def lost(self, cell: Cell) -> int:
         """How many workers were lost to a cell in this run."""
-        return self._counts(cell)[1] - self._lost_before[cell]
+        return max(0, self._counts(cell)[1] - self._lost_before[cell])
 
     def save(self) -> None:
         cells = {}
@@ -188,7 +190,7 @@ def _drive(client: Client, book: _Book, *, retries: int, stop: bool, sharing: in
         except BaseException:
             with contextlib.suppress(Exception):
                 client.cancel(list(flight), force=True)
-            with contextlib.suppress(OSError):  # of a full disk, which is told of by what is raised here
+            with contextlib.suppress(OSError):  # of a full disk: the error that is raised here tells of it
                 book.save()
             raise
 
@@ -200,7 +202,7 @@ def _submit(client: Client, book: _Book, cells: list[Cell], *, retries: int, sha
     for cell in cells:  # also with what a training's memory depends on, so that one that does not fit stops no other
         recipe = cell.recipe
         shared.setdefault((cell.task, recipe.start_mark(), recipe.testing_mark(), recipe.training_items, recipe.accumulation,
-                           recipe.processes, recipe.activation_checkpointing, recipe.lora_rank), []).append(cell)
+                           recipe.processes, recipe.activation_checkpointing, recipe.lora_rank, cell.method == "l2_sp"), []).append(cell)
     ready = {cell: one for group in shared.values() for one in [client.submit(
         prepare, folder, group, min(sharing, len(group)), stage, pure=False, retries=retries)] for cell in group}
     bases: dict[tuple, Future] = {}
@@ -220,7 +222,10 @@ def _submit(client: Client, book: _Book, cells: list[Cell], *, retries: int, sha
 def _lost_beside_others(book: _Book, cell: Cell, future: Future) -> bool:
     """Whether Dask gave a cell up for workers that were lost to others: it counts a loss for all that waited there."""
     error = future.exception() if future.status == "error" else None
-    return isinstance(error, KilledWorker) and error.task == future.key and book.lost(cell) <= LOST_WORKERS
+    if not isinstance(error, KilledWorker) or error.task != future.key or book.lost(cell) > LOST_WORKERS:
+        return False
+    book.given_up[cell] += 1
+    return book.given_up[cell] < GIVEN_UP  # else its workers write no log that can be read here
 
 
 def _settle(book: _Book, cell: Cell, future: Future, *, stop: bool) -> None:

@@ -24,8 +24,8 @@ def pack(folder: Path, cells: Iterable[Cell], archive: Path) -> pd.DataFrame:
     """Put the finished cells of a run folder into an archive's three files, in the order of `cells`; the facts of all.
 
     What the archive holds of other cells stays, unless it is the run folder itself, which has them in their own folders.
-    Of several runs that pack into one archive, each waits for the other. `RunError` for cells of one start that were
-    computed in two precisions, unless `precision` is what was varied.
+    Of several runs that pack into one archive, each waits for the other. `RunError` for cells of one start
+    whose `precision: auto` came to bf16 on one machine and to float32 on another.
     """
     ready = [cell for cell in dict.fromkeys(cells) if is_tested(folder, cell)]
     if not ready:
@@ -39,7 +39,8 @@ def _packed(folder: Path, ready: list[Cell], archive: Path) -> pd.DataFrame:
     facts = facts.drop(columns="sha256", errors="ignore").astype({"strength": float, "change": str, "value": str, "trial": bool})
     known = read_facts(archive if archive != folder else archive / "none")
     stays = known[~known["cell"].isin(facts["cell"])] if len(known) else known
-    _check_precision(pd.concat([part for part in (stays, facts) if len(part)]), archive)
+    auto = facts[[cell.recipe.precision == "auto" for cell in ready]]
+    _check_precision(pd.concat([part for part in (stays[stays["start"].isin(auto["start"])], auto) if len(part)] or [auto], ignore_index=True))
     tables = {"cells": [pa.Table.from_pandas(part, preserve_index=False) for part in (stays, facts) if len(part)]}
     for name, file in (("measures", "measures.parquet"), ("results", "answers.parquet")):
         old = []
@@ -57,13 +58,13 @@ def _packed(folder: Path, ready: list[Cell], archive: Path) -> pd.DataFrame:
     return read_facts(archive)
 
 
-def _check_precision(facts: pd.DataFrame, archive: Path) -> None:
-    varied = facts["change"] == "precision"
-    for start, mixed in facts[~varied].groupby("start")["bf16"] if "bf16" in facts else ():
+def _check_precision(facts: pd.DataFrame) -> None:
+    for start, mixed in facts[facts["change"] != "precision"].groupby("start")["bf16"] if "bf16" in facts else ():
         if mixed.nunique() > 1:
+            rarer = facts.loc[mixed.index[mixed.notna() & (mixed != mixed.mode()[0])], "cell"]
             raise RunError(f"of the cells from {start}, {int(mixed.eq(True).sum())} were computed in bf16 and {int(mixed.eq(False).sum())} in "
-                           f"float32, as machines do by themselves: keep those of one kind in {archive}, and go on on machines of that kind "
-                           "or with precision set")
+                           "float32, as machines do by themselves: delete the folders of one kind under cells/ (the rarer end in "
+                           f"{', '.join(rarer[:3])}{', …' if len(rarer) > 3 else ''}), and go on on machines of one kind")
 
 
 def _part(file: Path, cell: Cell) -> pa.Table:
