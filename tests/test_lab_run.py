@@ -13,19 +13,20 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from lab_cells import DICTIONARY, SENTIMENT, SMALL, block, cell_of, kill_one_at_work, states, wait_for
+from lab_cells import DICTIONARY, RECIPE, SENTIMENT, SMALL, block, cell_of, kill_one_at_work, states, wait_for
 
 from carma_lib.__main__ import SWEEP_EPILOG, build_parser, main
 from carma_lib.files import RunError, read_json
 from carma_lib.lab.cell import cell_folder, read_plan, save_plan
-from carma_lib.lab import cluster, run as runs, tables, worker
+from carma_lib.lab import cluster, memory, run as runs, tables, worker
 from carma_lib.lab.cluster import local_client, read_slurm
 from carma_lib.lab.estimate import estimate
 from carma_lib.lab.evaluate import asked_rows, split_prompts
 from carma_lib.lab.measure import _before
 from carma_lib.lab.plan import read_sweep
+from carma_lib.lab.memory import estimate_memory
 from carma_lib.lab.run import CellFailed, _Book, _share, run
-from carma_lib.lab.start import rows_of, tokenizer_of, training_rows
+from carma_lib.lab.start import config_of, rows_of, tokenizer_of, training_rows
 from carma_lib.lab.sweep import Where, plan_text, run_sweep
 from carma_lib.lab.tables import pack, read_cells, trained_again
 from carma_lib.lab.worker import attempts
@@ -129,11 +130,16 @@ def test_the_first_failure_stops_or_is_collected_and_is_tried_again(folder, clie
     assert not (cell_folder(folder, bad) / "failure.txt").exists()
 
 
-def test_a_training_that_does_not_fit_stops_no_other(folder, client):
+def test_a_training_that_does_not_fit_stops_no_other(folder, client, monkeypatch):
     small, large = cell_of(), cell_of(batch_size=2**24)
     for cells in ([small, large], [large, small]):
         failed = run(cells, folder, client, errors="collect")
         assert list(failed) == [large] and "GiB" in failed[large]
+    small, large = cell_of("fine_tuning"), cell_of("l2_sp")  # which keeps the start
+    longest = max(len(row["input_ids"]) for row in training_rows(folder, small))
+    needed = [estimate_memory(config_of(small), RECIPE, tokens=longest, l2_sp=l2_sp).total for l2_sp in (False, True)]
+    monkeypatch.setattr(memory, "available_memory", lambda: (sum(needed) // 2, "in memory"))
+    assert list(run([small, large], folder, client, errors="collect")) == [large]
 
 
 def test_a_model_that_is_not_kept_cannot_be_tested_later(folder, client):

@@ -14,8 +14,9 @@ from carma_lib import trainer as training
 from carma_lib.files import read_json
 from carma_lib.lab import cell as cells
 from carma_lib.lab.cell import cell_folder, is_tested, is_trained
+from carma_lib.lab.evaluate import answers as ask, split_prompts
 from carma_lib.lab.run import run
-from carma_lib.lab.start import make_base, one_gpu, start_model, steps_of, training_rows
+from carma_lib.lab.start import make_base, one_gpu, start_model, steps_of, tokenizer_of, training_rows
 from carma_lib.lab.study import best_trials, chosen, read_study
 from carma_lib.lab.tables import curves, read_answers, read_cells, read_facts
 from carma_lib.lab.train import _tidy, trained
@@ -285,11 +286,14 @@ def test_what_a_refusal_for_memory_advises_trains_the_same_weights(trained_run, 
 
 def test_bf16_trains_and_tests_in_bf16(trained_run, folder, client):
     cell = cell_of("fine_tuning", precision="bf16")
-    assert run([cell], folder, client) == {} and read_json(cell_folder(folder, cell) / "tested.json")["bf16"]
+    assert run([cell], folder, client, stage="trained") == run([cell], folder, client) == {}  # tested as it was kept
+    assert read_json(cell_folder(folder, cell) / "tested.json")["bf16"]
     losses = [curves(*of).set_index("step")["loss"] for of in ((folder, [cell]), (trained_run, [PLAIN]))]
     assert losses[0].ne(losses[1]).all() and losses[0].to_numpy() == pytest.approx(losses[1].to_numpy(), rel=0.02)
-    asked = [answers(*of)["prediction_probability"].to_numpy() for of in ((folder, cell), (trained_run, PLAIN))]
-    assert (asked[0] != asked[1]).all() and asked[0] == pytest.approx(asked[1], rel=0.1)
+    model, tokenizer, prompts = trained(folder, cell).model, tokenizer_of(folder, cell), split_prompts(folder, cell, "test_seen")
+    kept = answers(folder, cell)[lambda rows: rows["condition"] == "clean"]["prediction_probability"].to_numpy()
+    asked = [ask(model, tokenizer, prompts, bf16=bf16)["prediction_probability"].to_numpy("float32") for bf16 in (True, False)]
+    assert (kept == asked[0]).all() and (kept != asked[1]).any() and kept == pytest.approx(asked[1], rel=0.02)
     assert {weight.dtype for weight in weights(folder, cell).values()} == {torch.float32}
 
 

@@ -16,7 +16,8 @@ With activation checkpointing only 4 d per block and token stay, and one block w
 heads × tokens × t × 3 b. These are the tensors that the backward pass reads (the residual stream and its norms in
 float32, the rest in b; compare arXiv 2205.05198, section 4, whose 34 bytes per token, block and unit of width in 16
 bits are 17 numbers) and CARMA's gradient of each layer that it reads, in float32. Sharding over processes (FSDP)
-divides all but the activations. Not counted: the CUDA context (about half a GiB) and what other programs hold. The
+divides all but the activations. Not counted: the CUDA context (about half a GiB), what other programs hold, and freed
+memory that a local worker keeps for its next training, up to 4 GiB (`lab.cluster.WORKER_ENVIRONMENT`). The
 peaks of eight trainings of GPT-2 and Llama models of 4 blocks, width 256, on a CPU were 86 to 102 % of this.
 """
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The controlled lexicon: the project's own hand-written words, from which a seeded grammar makes two tasks.
 
 `data/lexicon.yml` explains its own format. `definitions` makes definitions → term from it, `opinions` makes opinions →
-sentiment; both give rows {item_id, text, target, phrases, group}
-by split.
+sentiment; both give rows {item_id, text, target, phrases, group} by split.
 """
 from __future__ import annotations
 
