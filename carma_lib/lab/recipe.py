@@ -50,7 +50,7 @@ class _Strict(BaseModel):
 
 
 def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
-    first = error.errors()[0]
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # a misspelt name before the one that is missing
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         if close := get_close_matches(str(first["loc"][-1]), kind.model_fields, n=1, cutoff=0.75):
