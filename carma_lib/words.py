@@ -180,6 +180,8 @@ def _looks(spelling: bytes) -> tuple[int, int, bool, bool, bool]:
     if continued:
         first, last = _CONTINUED, _CONTINUED if continued == len(spelling) else last
     return first, last, whole, core[0] != text[0], core[-1] != text[-1]
+
+
 def _stretches(text: str, words: list[Span]) -> list[Span]:
     """Ranges of words between which there is nothing but white space."""
     breaks = [i for i in range(1, len(words)) if text[words[i - 1][1] : words[i][0]].strip()]
