@@ -101,6 +101,11 @@ def by_hand(results, method, seed, metric, **condition):
     """One seed's value, with plain loops over items."""
     rows = results[(results["method"] == method) & (results["seed"] == seed)]
     clean = {row.item_id: row for row in rows[rows["condition"] == "clean"].itertuples()}
+
+    def after(row):
+        """An item that nothing was changed in keeps its answer."""
+        return row if row.changed else clean[row.item_id]
+
     for name, value in condition.items():
         rows = rows[rows[name] == value]
     changed = list(rows.itertuples())
@@ -110,12 +115,12 @@ def by_hand(results, method, seed, metric, **condition):
         "top_5": lambda: sum(row.rank <= 5 for row in changed) / len(changed),
         "mean_reciprocal_rank": lambda: sum(1 / row.rank for row in changed) / len(changed),
         "mean_log_probability": lambda: sum(row.log_probability for row in changed) / len(changed),
-        "consist_syn": lambda: sum(row.correct for row in right) / len(right),
-        "accuracy_kept": lambda: sum(row.correct for row in right) / len(right),
-        "agreement": lambda: sum(row.prediction == clean[row.item_id].prediction for row in changed)
+        "consist_syn": lambda: sum(after(row).correct for row in right) / len(right),
+        "accuracy_kept": lambda: sum(after(row).correct for row in right) / len(right),
+        "agreement": lambda: sum(after(row).prediction == clean[row.item_id].prediction for row in changed)
         / len(changed),
         "pooling_drop": lambda: (sum(clean[row.item_id].correct for row in changed)
-                                 - sum(row.correct for row in changed)) / len(changed),
+                                 - sum(after(row).correct for row in changed)) / len(changed),
     }[metric]()
 
 
@@ -124,6 +129,8 @@ def test_metric_is_the_mean_of_the_seeds_values(results, metric):
     condition = {"condition": statistics.METRICS[metric].conditions[-1]}
     pooled = condition["condition"] == "pooled"
     condition |= {"start_layer": 2, "protocol": "mean"} if pooled else {"rate": 0.4}
+    untouched = results["item_id"].str.endswith(("1", "4", "7"))
+    results = results.assign(changed=results["changed"].where(~untouched, 0))
     shuffled = results.sample(frac=1, random_state=0)
     for frame in (shuffled, check_results(shuffled)):
         values = [by_hand(results, "carma", seed, metric, **condition) for seed in range(6)]
@@ -353,6 +360,8 @@ def test_power_against_statsmodels():
     needed = int(np.ceil(TTestPower().solve_power(0.02 / 0.03, alpha=0.05, power=0.8)))
     assert inference.power(0.02, needed - 1, 0.03) < 0.8 <= inference.power(0.02, needed, 0.03)
     assert inference.power(0.02, 1000, 0.03, item_error=0.02) < 0.8
+    assert inference.power(0.03, 30, 0.0109, items=377) == pytest.approx(1), "scipy's other tail is NaN there"
+    assert inference.power(-0.02, 9, 0.03) == inference.power(0.02, 9, 0.03)
 
 
 # -- the plan --------------------------------------------------------------------------------------

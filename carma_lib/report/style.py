@@ -97,11 +97,13 @@ def panels_of(table: pd.DataFrame, column: str, **options) -> tuple[Figure, list
 
 
 def seed_lines(axes: Axes, rows: pd.DataFrame, x: str, y: str) -> None:
-    """By method: a thin line a seed, and their mean as a thick line with markers."""
+    """By method: a thin line a seed, and their mean as a thick line with markers; dashed for the untuned model."""
     rows = rows.dropna(subset=[y])
     for method in method_order(rows["method"]):
         of_method = rows[rows["method"] == method]
         look = {"color": METHOD_COLOURS[method], "ax": axes, "legend": False, "data": of_method, "x": x, "y": y}
+        if method == "untuned":  # above the lines that lie on it
+            look |= {"zorder": 3, "linestyle": "--"}
         sns.lineplot(**look, units="seed", estimator=None, linewidth=0.6, alpha=0.3)
         sns.lineplot(**look, errorbar=None, marker=METHOD_MARKERS[method], markersize=4.5, markeredgewidth=0,
                      markevery=max(of_method[x].nunique() // 6, 1), label=METHOD_LABELS[method])

@@ -242,7 +242,7 @@ def answer(comparisons: pd.DataFrame) -> list[tuple[str, int | None]]:
         ("shown", "shown"), ("the opposite shown", "shown to be the other way round"), ("open", "left open"),
         ("not tested", "not tested")) if outcome in ("shown", "open") or outcome in counts]
     seeds, items = (_range([row[name] for row in tested]) for name in ("n_seeds", "n_items"))
-    extent = f", with {seeds} seeds and {items} items a claim" if tested else ""
+    extent = f", with {seeds} seeds and {items} items for each claim" if tested else ""
     first = f"Of {len(rows)} claims written down beforehand, after Holm's correction: {', '.join(parts)}{extent}."
     return [(first, None), *((_sentence(rows[place]), place) for place in sorted(_chosen(rows)))]
 

@@ -200,5 +200,5 @@ def power(difference: float, seeds: int, seed_deviation: float, *, item_error: f
     parts = np.array([seed_deviation**2 / seeds, item_error**2])
     freedom = parts.sum() ** 2 / (parts**2 / [seeds - 1, max(items - 1, 1)]).sum()
     limit = critical_value(0.025, parts[0] / parts.sum(), seeds, items)
-    shift = difference / np.sqrt(parts.sum())
-    return float(stats.nct.sf(limit, freedom, shift) + stats.nct.cdf(-limit, freedom, shift))
+    shift = abs(difference) / np.sqrt(parts.sum())  # beyond the other limit there is next to nothing, which scipy gives as NaN
+    return float(stats.nct.sf(limit, freedom, shift) + np.nan_to_num(stats.nct.cdf(-limit, freedom, shift)))

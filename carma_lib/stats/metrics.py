@@ -1,5 +1,8 @@
 """Metrics of the long result table, each with its interval. Knows tables only.
 
+A metric that compares with the unchanged item takes an item that nothing was changed in (`changed` is 0: no synonym,
+no token pooled away) as answered the same. Asked again it mostly is, but bf16 rounds otherwise in another batch.
+
 Items are crossed with seeds: the same items are answered by every seed's model. A metric is, for each seed,
 a ratio of sums over items; its estimate is the mean of the seeds' ratios, and its interval asks how far that
 mean would move with other seeds *and* other items of the same kind (`intervals.crossed_interval`).
@@ -127,9 +130,11 @@ def _with_clean(results: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     rows = results[wanted].assign(clean_correct=before(results["correct"].to_numpy(float)))
     if rows["clean_correct"].isna().all():
         raise ValueError("no changed item has its clean answer; keep the rows of condition 'clean'")
+    untouched = (rows["changed"] == 0).to_numpy()
+    rows = rows.assign(correct=np.where(untouched, rows["clean_correct"], rows["correct"].astype(float)))
     if "prediction" in metric.columns:
         code = pd.factorize(results["prediction"])[0]
-        rows = rows.assign(same_prediction=before(code) == code[wanted])
+        rows = rows.assign(same_prediction=untouched | (before(code) == code[wanted]))
     return rows
 
 
@@ -142,7 +147,7 @@ def cells(results: pd.DataFrame, metric: str) -> Iterator[tuple[dict, Crossed]]:
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known are {list(METRICS)}")
     chosen = METRICS[metric]
-    columns = [*CELL_COLUMNS, "seed", "item_id", *chosen.columns]
+    columns = [*CELL_COLUMNS, "seed", "item_id", *chosen.columns, *(["changed"] if chosen.against_clean else [])]
     require_columns(results, columns)
     rows = _with_clean(results[columns], chosen)
     numerator, denominator = chosen.terms(rows)
