@@ -254,7 +254,8 @@ def power_table(comparisons: pd.DataFrame, *, difference: float = 0.02) -> pd.Da
     """Power to find a true difference (in shares) at 5 % by 2 to 30 seeds: columns name, n_seeds, power.
 
     For each claim but CV ratios, from the spread that the comparisons found: `seed_deviation`, and the rest
-    of `standard_error` as the items' part. Uncorrected: one claim alone.
+    of `standard_error` as the items' part. Uncorrected: one claim alone. Non-inferiority is asked against its margin: there
+    `difference` counts from the margin, so that of the margin's own size is the power if the methods are equal.
     """
     lines = []
     for row in comparisons[(comparisons["kind"] != "cv ratio") & (comparisons["seed_deviation"] > 0)].to_dict("records"):
