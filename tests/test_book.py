@@ -120,6 +120,10 @@ def test_the_readme_says_what_its_figure_shows():
     seeds = sorted(claims["n_seeds"].unique())
     assert f"{' to '.join(map(str, seeds))} seeds and at most {claims['n_items'].max()} items" in readme
     assert_no_overlaps(finding.finding())
+    notebook = nbformat.read(ROOT / "notebooks/12_pretrained_answers.ipynb", as_version=4)
+    shown = " ".join(str(output.get("data", "")) for cell in notebook.cells for output in cell.get("outputs", []))
+    told = re.findall(r"([+−]\d+\.\d)(?: points[^(.;]*)? \((?:95 % interval )?([−\d.]+) to ([−\d.]+)\)", readme)
+    assert len(told) == 11 and not [each for each in told if "{} [{}, {}]".format(*each) not in shown]
 
 
 #: What is read off an open page: sideways scroll, what leads to it, pictures and formulas that are not there.

@@ -42,7 +42,10 @@ def test_differences_are_drawn_in_points_beside_their_seeds():
 def test_measures_by_layer_and_against_accuracy():
     rows = pd.DataFrame([dict(method=method, seed=1, layer=layer, task="a", measured=layer / 10)
                          for method in ("untuned", "carma") for layer in (-1, 0, 1)])
-    assert list(measure_by_layer(rows, panel="task", label="x").axes[0].get_xticks()) == [-1, 0, 1]
+    axes = measure_by_layer(rows, panel="task", label="x").axes[0]
+    assert list(axes.get_xticks()) == [-1, 0, 1]
+    above = {line.get_label(): (line.get_linestyle(), line.get_zorder()) for line in axes.lines if line.get_marker() not in ("", "None", None)}
+    assert above["untuned"] == ("--", 3) and above["CARMA"][0] == "-" and above["CARMA"][1] < 3, "what begins the training is seen on top"
     runs = pd.DataFrame(dict(method=["carma", "fine_tuning"], task="a", drift=[1.0, 2.0], accuracy=[0.5, 0.6]))
     axes = measure_against_accuracy(runs, measure="drift", panel="task", label="drift").axes[0]
     points = {tuple(offset) for each in axes.collections for offset in each.get_offsets().tolist()}

@@ -200,5 +200,6 @@ def power(difference: float, seeds: int, seed_deviation: float, *, item_error: f
     parts = np.array([seed_deviation**2 / seeds, item_error**2])
     freedom = parts.sum() ** 2 / (parts**2 / [seeds - 1, max(items - 1, 1)]).sum()
     limit = critical_value(0.025, parts[0] / parts.sum(), seeds, items)
-    shift = abs(difference) / np.sqrt(parts.sum())  # beyond the other limit there is next to nothing, which scipy gives as NaN
-    return float(stats.nct.sf(limit, freedom, shift) + np.nan_to_num(stats.nct.cdf(-limit, freedom, shift)))
+    shift = difference / np.sqrt(parts.sum())
+    below = np.nan_to_num(stats.nct.cdf(-limit, freedom, shift))  # scipy gives next to nothing as NaN
+    return float(stats.nct.sf(limit, freedom, shift) + below)
