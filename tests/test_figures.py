@@ -6,6 +6,7 @@ import pytest
 from figure_checks import assert_no_overlaps, overlaps
 from made_results import made_history, made_results
 from matplotlib.colors import to_hex
+from matplotlib.markers import CARETUPBASE
 
 from carma_lib.report import plots as figures
 from carma_lib.report import study_plots, style
@@ -139,6 +140,19 @@ def test_no_text_lies_over_another_or_over_a_mark(results, comparisons):
     cases = {**{name: figure for name, (figure, _) in drawn(results, comparisons).items()}, **dict(drawn_hard())}
     found = {name: overlaps(figure) for name, figure in cases.items()}
     assert len(found) == 28 and not {name: lines for name, lines in found.items() if lines}
+
+
+def test_a_long_name_does_not_hide_the_outcome():
+    figure = figures.forest_plot(claims_table(["a task with quite a long name, of two models and words: performance preserved"]))
+    names = [text.get_text() for text in figure.axes[0].texts]
+    assert [name for name in names if name.endswith(("shown)",)) and "… (≥" in name]
+
+
+def test_an_interval_without_an_end_is_drawn_as_an_arrow():
+    estimates = pd.DataFrame({"split": "test", "method": ["carma", "fine_tuning"], "estimate": [0.4, 0.1], "low": [0.2, 0.06], "high": [np.inf, 0.3]})
+    axes = figures.by_method(estimates, label="CV").axes[0]
+    arrows = [line for line in axes.lines if line.get_marker() == CARETUPBASE]
+    assert [line.get_ydata()[0] for line in arrows] == [0.8] and len(axes.collections) == 2
 
 
 def test_the_check_of_overlaps_finds_each_kind():

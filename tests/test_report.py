@@ -110,6 +110,21 @@ def test_saved_tables(tmp_path):
     assert r"rate\_of" in text and r"25 \%" in text and r"95 \% intervals" in text and "nan" not in text
 
 
+def test_small_numbers_stay_in_latex_tables(tmp_path):
+    table = pd.DataFrame({"λ ≥": [3e-5, 0.123456, 12345.6, np.nan], "seeds": [1, 20, 300, 4000], "of": ["λ", "a", "−1", "_"]})
+    tables.save_table(table, tmp_path, "small", caption="η")
+    text = (tmp_path / "small.tex").read_text(encoding="utf-8")
+    for line in (r"$\lambda$ $\geq$ & seeds & of \\", r"3e-05 & 1 & $\lambda$ \\", r"0.1235 & 20 & a \\", r"12346 & 300 & $-$1 \\",
+                 r"– & 4000 & \_ \\", r"\caption{$\eta$}"):
+        assert line in text, (line, text)
+
+
+def test_a_readable_table_keeps_starts_apart():
+    both = pd.concat([made_results(rates=()).assign(start=start) for start in ("base", "random")])
+    shown = tables.readable(tables.paper_table(both))
+    assert not shown.drop(columns=["accuracy", "CV of accuracy"]).duplicated().any() and "nan" not in shown.to_string()
+
+
 def test_tables_for_readers_have_labels_in_index_headings_and_cells():
     table = pd.DataFrame({"method": ["carma"], "n_seeds": [3], "learning_rate": [0.1], "text": ["fine_tuning"]},
                          index=pd.MultiIndex.from_tuples([("controlled_sentiment", "test_seen")], names=["task", "split"]))
@@ -122,7 +137,7 @@ def test_tables_for_readers_have_labels_in_index_headings_and_cells():
 
 @pytest.mark.parametrize(("estimate", "low", "high", "text"), [
     (0.0149, -0.0072, 0.036, "+1.5 [−0.7, 3.6]"), (-0.0004, -0.5, 0.0001, "0.0 [−50.0, 0.0]"), (0.0, np.nan, np.nan, "0.0"),
-    (-0.02, np.nan, np.nan, "−2.0")])
+    (-0.02, np.nan, np.nan, "−2.0"), (np.nan, np.nan, np.nan, "–"), (0.693, 0.319, np.inf, "+69.3 [31.9 or more]")])
 def test_an_estimate_with_its_interval(estimate, low, high, text):
     assert tables.with_interval(pd.DataFrame([{"estimate": estimate, "low": low, "high": high}])).tolist() == [text]
 
@@ -131,6 +146,7 @@ def test_disagreements_show_both_sides():
     results = made_results(methods={"fine_tuning": 0.0, "carma": 0.3}, items=80).query("condition == 'clean'")
     table = tables.disagreements(results, "carma", "fine_tuning", rows=6)
     gap = (table["method_right"] - table["baseline_right"]).to_numpy()
+    assert len(tables.disagreements(results[results["item_id"].isin(table["item_id"][2:])], "carma", "fine_tuning", rows=4)) == 4
     assert len(table) == 6 and (gap[:3] > 0).all() and (gap[3:] < 0).all() and gap[0] >= gap[1]
     row = table.iloc[0]
     mine = results[(results["method"] == "carma") & (results["item_id"] == row["item_id"])]

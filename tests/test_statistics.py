@@ -1,5 +1,6 @@
 """Metrics, intervals, tests against hand computation, scipy, statsmodels and studies of known truth."""
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from carma_lib.stats.claims import check_plan, default_claims, power_table, prim
 from carma_lib.stats.curves import clustered_slope, paired_differences, still_rising
 from carma_lib.stats.inference import NotComparable
 from carma_lib.stats.intervals import critical_value, crossed_interval, cv_interval, tail_probability
+from carma_lib.stats.metrics import METRICS
 from carma_lib.stats.study import counted_claims
 from carma_lib.stats.table import ResultsError, at_the_end, check_results, read_results, select
 
@@ -267,7 +269,9 @@ def test_crossed_interval_alone_and_at_the_edge():
 def test_cv_interval_on_the_edge():
     assert np.isnan(cv_interval([0.5]).estimate) and "one seed" in cv_interval([0.5]).note
     assert np.isnan(cv_interval([0.0, 0.0]).estimate) and "mean" in cv_interval([0.0, 0.0]).note
-    assert cv_interval([0.5, 0.5]).high == 0 and cv_interval([0.0, 0.0, 0.0, 0.0, 2.0]).high == np.inf
+    assert cv_interval([0.0, 0.0, 0.0, 0.0, 2.0]).high == np.inf
+    alike = cv_interval([0.5, 0.5])  # as seeds may be by chance: no certainty
+    assert alike.estimate == 0 and np.isnan([alike.low, alike.high]).all() and alike.note == "seeds do not differ: no interval"
     # For a small CV the interval is that of the standard deviation of a normal sample, over the mean.
     values = 100 + np.random.default_rng(0).normal(size=8)
     edges = np.sqrt(7 * values.var(ddof=1) / stats.chi2.ppf([0.975, 0.025], 7)) / values.mean()
@@ -699,12 +703,16 @@ def test_p_of_no_difference_at_all_is_one_half_a_side():
         assert critical_value(1e-12, 1.0, seeds, items) == pytest.approx(stats.t.isf(1e-12, seeds - 1), rel=1e-6)
 
 
-def test_a_margin_is_not_tested_where_no_answer_differs():
-    """A model that copies the other's answers, all of them wrong, does not show that it is no worse."""
-    frame = made_results(seeds=3).query("condition == 'clean'").assign(correct=False)
+@pytest.mark.parametrize("items", [40, 250])
+def test_a_margin_where_no_answer_differs(items):
+    """All right: as sure as the items allow, and as the interval says. All wrong: there is nothing to preserve."""
+    frame = made_results(seeds=3, items=items).query("condition == 'clean'")
     claim = {"name": "no worse", "kind": "non-inferiority", "metric": "accuracy", "margin": 0.02, **CLEAN, **PAIR}
-    row = primary_comparisons(frame, [claim]).iloc[0]
-    assert row.outcome == "not tested" and "no answer differs between the two" in row.note
+    right = primary_comparisons(frame.assign(correct=True), [claim]).iloc[0]
+    assert right.p == pytest.approx(min(1, 2 * 0.98**items))
+    assert (right.outcome == "shown") == (right.low > -0.02) == (items == 250)
+    wrong = primary_comparisons(frame.assign(correct=False), [claim]).iloc[0]
+    assert wrong.outcome == "not tested" and "neither method has a right answer" in wrong.note
 
 
 # -- few items, several models, margins ------------------------------------------------------------------
@@ -733,7 +741,7 @@ def test_a_handful_of_items_is_no_claim(items, outcome):
 
 @pytest.mark.parametrize("margin", [2, 1, float("inf"), float("nan"), True, "0.02", 0, -0.1])
 def test_margins_are_shares(margin):
-    with pytest.raises(ValueError, match="only non-inferiority has a margin, a number above 0, in shares below 1"):
+    with pytest.raises(ValueError, match="only non-inferiority has a margin, a share above 0 and below 1"):
         check_plan([{"name": "a", "kind": "non-inferiority", "metric": "accuracy", "method": "carma", "baseline": "fine_tuning", "margin": margin}])
 
 
@@ -745,13 +753,21 @@ def test_each_model_ends_where_its_own_training_ends():
     assert set(map(tuple, ended.loc[ended["budget"] > 0, ["model", "budget"]].to_numpy())) == {("a", 300), ("b", 600)}
 
 
-def test_a_claim_of_numbers_that_are_not_finite_names_the_method():
-    table = made_results()
-    table.loc[table.index[table["method"] == "carma"][3], "log_probability"] = -np.inf
-    claim = {"kind": "difference", "split": "test", "condition": "clean", "method": "carma", "baseline": "fine_tuning"}
-    rows = primary_comparisons(table, [{**claim, "name": name, "metric": name} for name in ("accuracy", "mean_log_probability")])
-    assert list(rows["outcome"] == "not tested") == [False, True] and not rows["note"].iloc[0]
-    assert rows["note"].iloc[1] == "carma has answers whose mean_log_probability is not finite: look at their models' logits"
+def test_a_claim_compares_shares_alone():
+    """Every reader of claims tells differences in percentage points."""
+    for metric in METRICS:
+        claim = {"name": "one", "kind": "difference", "metric": metric, **CLEAN, **PAIR}
+        with pytest.raises(ValueError, match="mean_log_probability is none") if metric == "mean_log_probability" else nullcontext():
+            check_plan([claim])
+
+
+def test_a_seed_of_one_method_alone_takes_no_items_away(results):
+    """Seed 4 of CARMA answered a few items only, and plain fine-tuning has no seed 4."""
+    whole = primary_comparisons(results[results["seed"] != 4], PLAN[:1]).iloc[0]
+    few = (results["method"] == "carma") & ~results["item_id"].isin(results["item_id"].unique()[:10])
+    cut = primary_comparisons(results[(results["seed"] != 4) | (results["method"] == "carma") & ~few], PLAN[:1]).iloc[0]
+    assert cut["note"] == "seeds 4 of carma left out: not in both methods"
+    assert (cut["n_items"], cut["low"], cut["high"]) == (whole["n_items"], whole["low"], whole["high"])
 
 
 def test_an_adversary_beside_drawn_synonyms_stays_out_of_the_synonyms_claim():

@@ -10,7 +10,8 @@ from scipy import stats
 
 from carma_lib.lab.study import read_study
 from carma_lib.report import tables
-from carma_lib.stats.claims import claims_for, comparisons_so_far, primary_comparisons
+from carma_lib.report.plots import forest_plot
+from carma_lib.stats.claims import claims_for, comparisons_so_far, power_table, primary_comparisons
 from carma_lib.stats.metrics import per_seed
 from carma_lib.stats.study import (before_and_after, changed_settings, counted_claims, curve_table, forgetting,
                                    method_differences, predictors, seed_differences, setting_differences, speed_and_level,
@@ -155,6 +156,16 @@ def test_a_study_that_is_not_whole_says_what_is_not_measured():
     for method in ("fine_tuning", "carma"):
         one_method = comparisons_so_far(select(made_results(), method=method), plan)
         assert set(one_method.verdict) == {"not yet measured"}
+    for table in (nothing, found):  # of one shape, for all that read them
+        assert tables.claims_in_short(table).str.contains("nan").sum() == 0 and len(power_table(table)) == (0 if table is nothing else 58)
+        headings, rows = tables.claim_rows(table)
+        assert rows[-1] == [plan[-1]["name"], *[""] * 6, "0", "0", "0", "not yet measured"]
+        assert "nan" not in str(rows) and ".0" not in rows[0][headings.index("items")]
+        sentences = [text for text, _ in tables.answer(table)]
+        assert any(text.endswith(": not yet measured.") for text in sentences) and "nan" not in str(sentences)
+    assert forest_plot(found).axes
+    with pytest.raises(ValueError, match="no claim of the table could be estimated"):
+        forest_plot(nothing)
     one_condition = comparisons_so_far(select(made_results(), condition="clean"), plan)
     assert list(one_condition.verdict == "not yet measured") == [False, True, True, True]
 

@@ -27,7 +27,7 @@ from carma_lib.stats.metrics import METRICS
 TEMPLATE = Path(__file__).parent / "template"
 #: Made by the statistics notebook; the answer, the table of claims and the picture come from these.
 CLAIMS, PICTURE = Path("tables/primary_comparisons.csv"), Path("figures/primary_comparisons.png")
-PICTURE_TEXT = ("The primary comparisons: estimates and 95 % intervals over seeds and items. A filled mark: the two "
+PICTURE_TEXT = ("The primary comparisons: estimates and 95 % intervals over seeds and items (the ratio's: over seeds). A filled mark: the two "
                 "methods differ, p below 0.05 after Holm's correction. A short black line: the margin of non-inferiority.")
 ROWS_SHOWN = 60
 _NEEDED = ("name", "kind", "metric", "method_estimate", "baseline_estimate", "estimate", "low", "high", "holm_p",

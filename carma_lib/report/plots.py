@@ -21,7 +21,9 @@ from carma_lib.stats.table import METHOD_LABELS, select, task_label
 
 def _error_bar(axes: Axes, x, rows: pd.DataFrame, method: str, line: str = "none") -> None:
     spread = np.abs(rows[["low", "high"]].to_numpy(float).T - rows["estimate"].to_numpy(float))
-    axes.errorbar(x, rows["estimate"], yerr=spread, linestyle=line, color=METHOD_COLOURS[method],
+    endless = np.isinf(spread[1])  # an arrow upwards
+    spread[1, endless] = rows["estimate"].to_numpy(float)[endless]
+    axes.errorbar(x, rows["estimate"], yerr=spread, lolims=endless, linestyle=line, color=METHOD_COLOURS[method],
                   marker=METHOD_MARKERS[method], label=METHOD_LABELS[method], markersize=4.5, capsize=2,
                   elinewidth=1, zorder=3)
 
@@ -114,7 +116,7 @@ def accuracy_by_method(estimates: pd.DataFrame, values: pd.DataFrame) -> Figure:
 
 
 def cv_by_method(estimates: pd.DataFrame) -> Figure:
-    """CV across seeds of each method, one panel a split: bars are 95 % modified McKay intervals."""
+    """CV across seeds of each method, one panel a split: bars are 95 % modified McKay intervals, an arrow if without an end."""
     known = estimates.dropna(subset="estimate")
     return by_method(known if len(known) else estimates, label="coefficient of variation")
 
@@ -141,6 +143,8 @@ def pooling_by_depth(estimates: pd.DataFrame, values: pd.DataFrame) -> Figure:
 
 def _by_condition(estimates: pd.DataFrame, values: pd.DataFrame, x: str, panel: str, x_label: str,
                   label: str) -> Figure:
+    if estimates.empty:
+        raise ValueError(f"the figure of {label} has no row to show; check the filter before this call")
     check_one(estimates, ["task", "model", "source"], f"the figure of {label}")
     if estimates.duplicated([panel, "method", x]).any():
         raise ValueError(f"the figure of {label} shows one row a {panel}, method and {x}; filter the rest")
@@ -180,11 +184,14 @@ def forest_plot(comparisons: pd.DataFrame) -> Figure:
     height = 0.95 * len(parts) + 0.4 * len(known)
     figure, panels = plt.subplots(len(parts), 1, figsize=(PAGE, height), squeeze=False,
                                   height_ratios=[len(rows) + 0.5 for rows, _ in parts])
+    method, baseline = (METHOD_LABELS.get(names[0], names[0]) if len(names := known[column].unique()) == 1 else column
+                        for column in ("method", "baseline"))
     for axes, (rows, is_ratio) in zip(panels[:, 0], parts):
         _forest(axes, rows.iloc[::-1], 1.0 if is_ratio else 100.0)
         axes.axvline(1.0 if is_ratio else 0.0, color="black", linewidth=0.8, zorder=1)
         axes.grid(axis="x")
-        axes.set_xlabel("ratio of coefficients of variation" if is_ratio else "difference, percentage points")
+        axes.set_xlabel(f"CV of {method} ÷ CV of {baseline} (below 1: steadier)" if is_ratio
+                        else f"{method} minus {baseline}, percentage points")
         if is_ratio:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:g}")
@@ -204,11 +211,12 @@ def _forest(axes: Axes, rows: pd.DataFrame, scale: float) -> None:
         axes.plot([scale * row["low"], scale * row["high"]], [place, place], color=colour, linewidth=1.6)
         axes.plot(scale * row["estimate"], place, METHOD_MARKERS.get(row["method"], "o"), color=colour, markersize=6,
                   markerfacecolor=colour if row["holm_p"] < 0.05 and not preserved else "white")
-        name = row["name"]
+        name, outcome = row["name"], ""
         if preserved:
             axes.plot(-scale * row["margin"], place, "|", color="black", markersize=8)
-            name += f" (≥ −{scale * row['margin']:g}: {'shown' if row['holm_p'] < 0.05 else 'not shown'})"
-        axes.annotate(name if len(name) < 68 else name[:66] + "…", xy=(0, place), xycoords=("axes fraction", "data"),
+            outcome = f" (≥ −{scale * row['margin']:g}: {'shown' if row['holm_p'] < 0.05 else 'not shown'})"
+        most = 67 - len(outcome)
+        axes.annotate((name if len(name) <= most else name[:most - 1] + "…") + outcome, xy=(0, place), xycoords=("axes fraction", "data"),
                       xytext=(2, 4.5), textcoords="offset points", fontsize=8.5, zorder=2, va="bottom",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3})
     axes.set(ylim=(-0.4, len(rows) - 0.3), yticks=[])

@@ -44,6 +44,7 @@ def differences(table: pd.DataFrame, seeds: pd.DataFrame | None = None, *, rows:
     `table` from `curves.paired_differences` (shares; drawn in percentage points), coloured by method;
     `seeds`: columns `rows`, `panel`, difference, drawn as dots below each interval.
     """
+    method_order(table["method"])  # says which method has no colour
     lines = list(dict.fromkeys(table[rows]))
     figure, panels = panels_of(table, panel, height=0.55 + 0.27 * len(lines), across=3, sharex=True)
     for axes, here in panels:
@@ -59,7 +60,7 @@ def differences(table: pd.DataFrame, seeds: pd.DataFrame | None = None, *, rows:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set(ylim=(-0.6, len(lines) - 0.4))
     figure.axes[0].set_yticks(range(len(lines)), [METHOD_LABELS.get(line, line) for line in reversed(lines)])
-    figure.supxlabel("difference to fine-tuning, percentage points")
+    figure.supxlabel("difference from plain fine-tuning, percentage points")
     return figure
 
 

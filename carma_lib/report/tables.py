@@ -1,6 +1,7 @@
 """Tables for readers: the paper's arrangement, published figures, claims in words, CSV and LaTeX."""
 from __future__ import annotations
 
+import math
 import os
 import re
 from importlib import resources
@@ -11,13 +12,13 @@ import pandas as pd
 
 from carma_lib.files import whole_file
 from carma_lib.stats.table import METHOD_LABELS, task_label
-from carma_lib.stats.metrics import METRICS, RUN_COLUMNS, coefficient_of_variation, summarise
+from carma_lib.stats.metrics import RUN_COLUMNS, coefficient_of_variation, summarise
 
-#: The values of `paper_table` and their headings.
 _TASK_NAME = re.compile(r"(controlled|wordnet|own)_|sst\d$")
 #: Headings that are no words of a table's own.
 _WORDS = {"n_seeds": "seeds", "n_items": "items", "holm_p": "p (Holm)", "effect_size": "d_z", "method_estimate": "with the method",
           "baseline_estimate": "without"}
+#: The values of `paper_table` and their headings.
 _HEADINGS = {"accuracy": "accuracy", "cv_accuracy": "CV of accuracy", "consist_syn": "ConsistSyn",
              "cv_consist_syn": "CV of ConsistSyn"}
 
@@ -46,7 +47,7 @@ def paper_table(results: pd.DataFrame) -> pd.DataFrame:
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """`paper_table` for print: method names in words, values in per cent with their interval in brackets."""
-    shown = table[["task", "split", "model", "budget"]]
+    shown = table[["task", "split", "model", "start", "budget"]]
     shown = shown.loc[:, shown.nunique() > 1].assign(method=table["method"].map(lambda name: METHOD_LABELS.get(name, name)),
                                                      rate=(100 * table["rate"]).map("{:g} %".format))
     sources = table["source"].astype(str)
@@ -55,8 +56,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     for name, heading in _HEADINGS.items():
         if name in table:
             values = table[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False, name=None)
-            shown[heading] = ["–" if pd.isna(value) else f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-                              for value, low, high in values]
+            shown[heading] = [_with_interval(*row, plus="") for row in values]
     return shown
 
 
@@ -112,6 +112,10 @@ def _difference(row: dict) -> str:
     return "published: number of runs not given, last epoch's model, mean over batches"
 
 
+#: Greek letters and signs that LaTeX knows in formulas only.
+_MATHS = str.maketrans({sign: f"${name}$" for sign, name in {
+    "λ": r"\lambda", "γ": r"\gamma", "η": r"\eta", "τ": r"\tau", "Δ": r"\Delta", "≥": r"\geq", "≤": r"\leq", "→": r"\to",
+    "−": "-"}.items()})
 _LATEX = str.maketrans({**{mark: f"\\{mark}" for mark in "%&#$_{}"}, "\\": r"\textbackslash{}", "^": r"\textasciicircum{}",
                         "~": r"\textasciitilde{}"})
 
@@ -121,20 +125,27 @@ def save_table(table: pd.DataFrame, folder: str | os.PathLike, name: str, *, cap
     folder = Path(folder)
     if caption is not None:
         with whole_file(folder / f"{name}.tex") as temporary:
-            style = table.style.hide(axis="index").format(escape="latex", precision=4, na_rep="–")
+            style = table.style.hide(axis="index").format(_four_digits, escape="latex", na_rep="–")
             text = style.format_index(escape="latex", axis="columns").to_latex(
                 caption=caption.translate(_LATEX), label=f"tab:{name}", hrules=True, position_float="centering")
-            temporary.write_text(re.sub(r"^(?=[\[*])", "{}", text, flags=re.MULTILINE), encoding="utf-8")  # else \\ would take it
+            text = re.sub(r"^(?=[\[*])", "{}", text, flags=re.MULTILINE)  # else \\ would take it
+            temporary.write_text(text.translate(_MATHS), encoding="utf-8")
     with whole_file(folder / f"{name}.csv") as temporary:
         table.to_csv(temporary, index=False)
     return folder / f"{name}.csv"
+
+
+def _four_digits(value: Any) -> Any:
+    """A number with four significant digits, as 3e-05; one of 1,000 or more whole. Anything else as it is."""
+    return value if not isinstance(value, float) else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def disagreements(results: pd.DataFrame, method: str, baseline: str, *, rows: int = 10) -> pd.DataFrame:
     """Items whose answers differ most between two methods: item_id, target, and how often each was right.
 
     Over the common seeds of one condition (filter first): columns method_right, baseline_right (shares of the
-    seeds) and the most frequent prediction of each; items with the largest gaps first, both signs in turn.
+    seeds) and the most frequent prediction of each. Half of the rows are those where the method is furthest ahead, then
+    come those where it is furthest behind; where one side has fewer, the other has more.
     """
     for name in (method, baseline):
         if not (results["method"] == name).any():
@@ -150,25 +161,18 @@ def disagreements(results: pd.DataFrame, method: str, baseline: str, *, rows: in
     table = pd.DataFrame(columns).dropna()
     gap = table["method_right"] - table["baseline_right"]
     ahead, behind = gap[gap > 0].sort_values(ascending=False), gap[gap < 0].sort_values()
-    chosen = [*ahead.index[:(rows + 1) // 2], *behind.index[:rows // 2]]
+    chosen = [*ahead.index[:max((rows + 1) // 2, rows - len(behind))], *behind.index[:max(rows // 2, rows - len(ahead))]]
     return table.loc[chosen].reset_index()
 
 
-def _in_points(row: dict) -> bool:
-    """Whether a claim's metric is a share, so that a difference is told in percentage points."""
-    return row["kind"] != "cv ratio" and abs(METRICS[row["metric"]].bounds[0]) <= 1
-
-
 def _number(row: dict, column: str, sign: str = "") -> str:
-    """A value of a claim in its unit: per cent or points of a share, a ratio, or the metric's own unit."""
+    """A value of a claim: per cent, percentage points, or a ratio."""
     value, of_sides = row[column], column in ("method_estimate", "baseline_estimate")
     if pd.isna(value):
         return ""
     if row["kind"] == "cv ratio" and not of_sides:
         return f"{value:.2f}"
-    if row["kind"] != "cv ratio" and not _in_points(row):
-        return f"{value:{sign}.3f}".replace("-", "−")
-    return f"{100 * value:{sign}.1f}".replace("-", "−") + " %" * of_sides
+    return _signed(100 * value, 1, sign) + " %" * of_sides
 
 
 def _p(value: float) -> str:
@@ -176,12 +180,17 @@ def _p(value: float) -> str:
 
 
 def with_interval(table: pd.DataFrame, *, scale: float = 100, digits: int = 1) -> pd.Series:
-    """estimate, low and high of each row as one text: "+1.5 [−0.7, 3.6]", times `scale`; "+1.5" if there is no interval."""
-    def text(row: Any) -> str:
-        bounds = f" [{_signed(scale * row.low, digits, '')}, {_signed(scale * row.high, digits, '')}]"
-        return _signed(scale * row.estimate, digits) + ("" if pd.isna(row.low) else bounds)
+    """estimate, low and high of each row as one text, times `scale`: "+1.5 [−0.7, 3.6]", without an interval "+1.5"."""
+    return table.apply(lambda row: _with_interval(row.estimate, row.low, row.high, scale=scale, digits=digits), axis=1)
 
-    return table.apply(text, axis=1)
+
+def _with_interval(estimate: float, low: float, high: float, *, scale: float = 100, digits: int = 1, plus: str = "+") -> str:
+    """One text of an estimate and its interval; "–" without an estimate, "[3.1 or more]" without an upper end."""
+    if pd.isna(estimate):
+        return "–"
+    ends = [_signed(scale * end, digits, "") for end in (low, high)]
+    interval = "" if pd.isna(low) else f" [{ends[0]} or more]" if high == math.inf else f" [{', '.join(ends)}]"
+    return _signed(scale * estimate, digits, plus) + interval
 
 
 def _signed(value: float, digits: int, plus: str = "+") -> str:
@@ -206,8 +215,9 @@ def labelled(table: pd.DataFrame) -> pd.DataFrame:
 
 def claims_in_short(comparisons: pd.DataFrame) -> pd.Series:
     """By name: estimate and interval of each claim, points or the ratio of CVs; a star if it holds after correction."""
-    ratios = comparisons.apply("{0.estimate:.2f} [{0.low:.2f}, {0.high:.2f}]".format, axis=1)
-    texts = with_interval(comparisons).where(comparisons["kind"] != "cv ratio", ratios)
+    ratio = {"scale": 1, "digits": 2, "plus": ""}
+    texts = comparisons.apply(lambda row: _with_interval(row.estimate, row.low, row.high, **(
+        ratio if row.kind == "cv ratio" else {})), axis=1)
     stars = comparisons["outcome"].isin(["shown", "the opposite shown"]).map({True: " *", False: ""})
     return (texts + stars).set_axis(comparisons["name"])
 
@@ -216,11 +226,11 @@ def claim_rows(comparisons: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Headings and one row of texts a claim of `primary_comparisons`, for a reader."""
     rows = []
     for row in comparisons.fillna({"note": ""}).to_dict("records"):
-        known = pd.notna(row["estimate"])
+        known = pd.notna(row["low"])
         rows.append([
             row["name"], _number(row, "method_estimate"), _number(row, "baseline_estimate"),
             _number(row, "estimate", "+"), f"{_number(row, 'low', '+')} to {_number(row, 'high', '+')}" if known else "",
-            _p(row["holm_p"]), "" if pd.isna(row["effect_size"]) else f"{row['effect_size']:.2f}",
+            _p(row["holm_p"]), "" if pd.isna(row["effect_size"]) else _signed(row["effect_size"], 2, ""),
             f"{row['n_items']:,}", str(row["n_seeds"]), f"{row['steps']:,}",
             row["verdict"] + (f" ({row['note']})" if row["note"] else "")])
     return ["claim", "method", "baseline", "difference or ratio", "95 % interval", "p (Holm)", "effect size d_z",
@@ -254,7 +264,7 @@ def _chosen(rows: list[dict]) -> list[int]:
     first = ["accuracy", "non-inferiority", "consist_syn", "cv ratio"]
     rank = sorted(range(len(rows)), key=lambda place: (not tested[place], [*first, subjects[place]].index(subjects[place]), place))
     sizes = {place: abs(row["estimate"]) for place, row in enumerate(rows)
-             if row["kind"] == "difference" and _in_points(row) and pd.notna(row["estimate"])}
+             if row["kind"] == "difference" and pd.notna(row["estimate"])}
     chosen = [max(sizes, key=lambda place: (tested[place], sizes[place]))] if sizes else []
     for place in rank:
         if tasks[place] not in [tasks[other] for other in chosen]:
@@ -273,7 +283,7 @@ def _range(values: list) -> str:
 
 def _sentence(row: dict) -> str:
     if pd.isna(row["estimate"]):
-        return f"{row['name']}: not tested, because {row['note'] or 'the data do not allow it'}."
+        return f"{row['name']}: {row['verdict']}{', because ' * bool(row['note'])}{row['note']}."
     kind, sign = ("ratio", "") if row["kind"] == "cv ratio" else ("difference", "+")
     estimate, low, high = (_number(row, name, sign) for name in ("estimate", "low", "high"))
     interval = f", 95 % interval {low} to {high}" if low and high else ""
@@ -286,4 +296,4 @@ def _sentence(row: dict) -> str:
         curve = f" Whether validation accuracy still rises there {curve}." if curve.startswith("cannot") else \
             f" Validation accuracy {curve} there."
     return (f"{row['name']}: {row['verdict']}{length} ({_number(row, 'method_estimate')} against "
-            f"{_number(row, 'baseline_estimate')}; {kind} {estimate}{' points' * _in_points(row)}{interval}{p}).{curve}")
+            f"{_number(row, 'baseline_estimate')}; {kind} {estimate}{' points' * (kind == 'difference')}{interval}{p}).{curve}")

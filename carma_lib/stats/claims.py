@@ -37,10 +37,12 @@ def check_plan(plan: list[dict]) -> None:
             raise ValueError(f"claim {name!r} has unknown keys {unknown}; filters are {FILTER_COLUMNS}")
         if claim["kind"] not in KINDS or claim["metric"] not in METRICS:
             raise ValueError(f"claim {name!r}: kind is one of {list(KINDS)}, metric one of {list(METRICS)}")
-        margin, shares = claim.get("margin", 0.5), METRICS[claim["metric"]].bounds == (0.0, 1.0)
+        if METRICS[claim["metric"]].bounds[0] < -1:
+            raise ValueError(f"claim {name!r}: a claim compares shares, and {claim['metric']} is none; `summarise` has its interval")
+        margin = claim.get("margin", 0.5)
         if (claim["kind"] == "non-inferiority") != ("margin" in claim) or isinstance(margin, bool) or not (
-                isinstance(margin, Real) and 0 < margin < (1 if shares else np.inf)):
-            raise ValueError(f"claim {name!r}: only non-inferiority has a margin, a number above 0, in shares below 1")
+                isinstance(margin, Real) and 0 < margin < 1):
+            raise ValueError(f"claim {name!r}: only non-inferiority has a margin, a share above 0 and below 1")
         if METRICS[claim["metric"]].lower_is_better and claim["kind"] != "difference":
             raise ValueError(f"claim {name!r}: lower {claim['metric']} is better; state it as a difference")
     names = [claim["name"] for claim in plan]
@@ -152,7 +154,12 @@ def primary_comparisons(results: pd.DataFrame, plan: list[dict], *, curves: pd.D
     ValueError for an unclear plan, or a task, split, model or start that the table does not have.
     """
     check_plan(plan)
-    table = pd.DataFrame([_compare(results, claim, curves) for claim in plan])
+    return _judged([_compare(results, claim, curves) for claim in plan])
+
+
+def _judged(lines: list[dict]) -> pd.DataFrame:
+    """The lines of `_compare` as one family: corrected, with outcome and verdict."""
+    table = pd.DataFrame(lines)
     table["holm_p"] = holm(table["p"])
     table["outcome"] = [_outcome(row) for row in table.to_dict("records")]
     table["verdict"] = [_verdict(row) for row in table.to_dict("records")]
@@ -171,10 +178,15 @@ def comparisons_so_far(results: pd.DataFrame | None, plan: list[dict]) -> pd.Dat
     ready = [claim for claim in plan if results is not None and all(len(select(results, method=claim[side], **{
         name: value for name, value in _filters(claim).items() if (claim[side], name) != ("untuned", "budget")}))
         for side in ("method", "baseline"))]
-    missing = pd.DataFrame([{**claim, "n_seeds": 0, "outcome": "not tested", "verdict": "not yet measured"}
-                            for claim in plan if claim not in ready])
-    parts = [*([primary_comparisons(results, ready)] if ready else []), *([missing] if len(missing) else [])]
-    return pd.concat(parts, ignore_index=True)
+    missing = [claim for claim in plan if claim not in ready]
+    table = _judged([*(_compare(results, claim, None) for claim in ready), *map(_empty_line, missing)])
+    table.loc[len(ready):, "verdict"] = "not yet measured"
+    return table
+
+
+def _empty_line(claim: dict) -> dict:
+    return {**claim, "margin": claim.get("margin", np.nan), **dict.fromkeys(_NUMBERS, np.nan), "n_items": 0,
+            "n_seeds": 0, "steps": 0, "curve": "", "note": ""}
 
 
 def _filters(claim: dict) -> dict:
@@ -182,8 +194,7 @@ def _filters(claim: dict) -> dict:
 
 
 def _compare(results: pd.DataFrame, claim: dict, curves: pd.DataFrame | None) -> dict:
-    line = {**claim, "margin": claim.get("margin", np.nan), **dict.fromkeys(_NUMBERS, np.nan), "n_items": 0,
-            "n_seeds": 0, "steps": 0, "curve": "", "note": ""}
+    line = _empty_line(claim)
     try:
         first, second, notes = pair(results, claim["metric"], claim["method"], claim["baseline"], _filters(claim))
         line |= {"n_items": counted_items(first, second), "n_seeds": len(first.seeds), "steps": int(first.key["budget"]),
@@ -258,7 +269,7 @@ def power_table(comparisons: pd.DataFrame, *, difference: float = 0.02) -> pd.Da
     `difference` counts from the margin, so that of the margin's own size is the power if the methods are equal.
     """
     lines = []
-    for row in comparisons[(comparisons["kind"] != "cv ratio") & (comparisons["seed_deviation"] > 0)].to_dict("records"):
+    for row in comparisons[(comparisons["kind"] != "cv ratio") & (comparisons["seed_deviation"] > 1e-12)].to_dict("records"):
         items = max(row["standard_error"] ** 2 - row["seed_deviation"] ** 2 / row["n_seeds"], 0.0) ** 0.5
         lines += [{"name": row["name"], "n_seeds": seeds, "power": power(
             difference, seeds, row["seed_deviation"], item_error=items, items=row["n_items"])} for seeds in range(2, 31)]

@@ -22,7 +22,7 @@ def still_rising(curves: pd.DataFrame) -> pd.DataFrame:
     rows without an accuracy are left out. The last part is the last third of the steps, at least the last two
     measurements. Each seed has the slope of its least-squares line there.
 
-    Columns: the keys, last_step, n_seeds, slope (mean over seeds, shares per 1,000 steps) with its t interval over
+    Columns: the keys, last_step, n_seeds (that have a slope), slope (mean over seeds, shares per 1,000 steps) with its t interval over
     seeds (low, high), and verdict. "has levelled": the interval of the rise over the last part lies within ± 0.01;
     else "still rises" or "falls" if the interval lies on one side of zero, else "cannot be told" with the reason. With
     fewer than three seeds there is an estimate only.
@@ -42,7 +42,7 @@ def still_rising(curves: pd.DataFrame) -> pd.DataFrame:
         verdict = ("cannot be told (fewer than three seeds)" if len(slopes) < FEWEST_SEEDS else
                    "has levelled" if max(abs(low), abs(high)) * (steps[-1] - first) <= 0.01 else
                    "still rises" if low > 0 else "falls" if high < 0 else "cannot be told (the interval is too wide)")
-        lines.append(dict(zip(keys, key)) | {"last_step": int(steps[-1]), "n_seeds": rows["seed"].nunique(),
+        lines.append(dict(zip(keys, key)) | {"last_step": int(steps[-1]), "n_seeds": len(slopes),
                                              "slope": 1000 * slope, "low": 1000 * low, "high": 1000 * high, "verdict": verdict})
     return pd.DataFrame(lines, columns=[*keys, "last_step", "n_seeds", "slope", "low", "high", "verdict"])
 
@@ -74,7 +74,8 @@ def paired_differences(table: pd.DataFrame, value: str, *, by: Sequence[str], me
                 line |= {"estimate": found.estimate, "low": found.low, "high": found.high,
                          "method_estimate": pairs[name].mean(), "baseline_estimate": pairs[baseline].mean()}
             lines.append(line)
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=[*by, "method", "baseline", "n_seeds", "estimate", "low", "high", "method_estimate",
+                                        "baseline_estimate"])
 
 
 class Slope(NamedTuple):

@@ -80,19 +80,22 @@ def pair(results: pd.DataFrame, metric: str, method: str, baseline: str,
     The one run of an untuned model stands beside every seed of the other method.
     """
     found = {name: find_crossed(results, metric, name, where) for name in (method, baseline)}
-    notes = [note for cell in found.values() for note in cell.notes]
     for name, other in ((method, found[baseline]), (baseline, found[method])):
         if name == "untuned" and len(found[name].seeds) == 1:
             cell, every = found[name], np.zeros(len(other.seeds), int)
             found[name] = replace(cell, seeds=other.seeds, numerator=cell.numerator[every], denominator=cell.denominator[every])
-    seeds, items = (np.intersect1d(getattr(found[method], name), getattr(found[baseline], name)) for name in ("seeds", "items"))
-    if not len(seeds) or not len(items):
-        raise NotComparable(f"{method} and {baseline} share no {'items' if len(seeds) else 'seeds'}")
+    seeds, notes = np.intersect1d(found[method].seeds, found[baseline].seeds), []
+    if not len(seeds):
+        raise NotComparable(f"{method} and {baseline} share no seeds")
     for name, cell in found.items():
-        if not np.isfinite(cell.numerator).all():
-            raise NotComparable(f"{name} has answers whose {metric} is not finite: look at their models' logits")
         if len(alone := np.setdiff1d(cell.seeds, seeds)):
             notes.append(f"seeds {', '.join(map(str, alone))} of {name} left out: not in both methods")
+            found[name] = find_crossed(results[results["seed"].isin(seeds)], metric, name, where)  # whose items count without those
+    notes += [note for cell in found.values() for note in cell.notes]
+    items = np.intersect1d(found[method].items, found[baseline].items)
+    if not len(items):
+        raise NotComparable(f"{method} and {baseline} share no items")
+    for name, cell in found.items():
         if len(cell.items) > len(items):
             notes.append(f"{len(cell.items) - len(items)} items of {name} left out: not in both methods")
         rows, columns = np.isin(cell.seeds, seeds), pd.Index(cell.items).get_indexer(items)
@@ -110,7 +113,9 @@ def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None)
     one-sided and its p doubled, so that p < 0.05 exactly if the interval lies above -margin.
 
     p is NaN (not tested) with fewer than `FEWEST_SEEDS` seeds. Without any spread there is no t: if every item differs
-    alike, p is the sign test's over items, 2 · 0.5^items; if no answer differs, p is 1, and a margin is not tested.
+    alike, p is the sign test's over items, 2 · 0.5^items; if no answer differs, p is 1, and with a margin the chance of
+    no such item if a share of `margin` were answered worse, 2 · (1 - margin)^items. A margin is not tested where both
+    have nothing right: there is no performance to preserve.
     """
     values = first.values - second.values
     shares = all(np.isin(cell.numerator, (0, 1)).all() for cell in (first, second))
@@ -121,7 +126,9 @@ def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None)
     if len(values) < FEWEST_SEEDS:
         p = np.nan
     elif constant and abs(found.estimate) < 1e-12:
-        p, note = (1.0, note) if margin is None else (np.nan, "no answer differs between the two: no test")
+        p = 1.0 if margin is None else min(1.0, 2 * (1 - margin) ** counted) if shares else np.nan
+        if margin is not None and not first.numerator.any():
+            p, note = np.nan, "neither method has a right answer: no test"
     elif constant and not shares:
         p, note = np.nan, "all items differ by the same: no spread to test by"
     elif constant:

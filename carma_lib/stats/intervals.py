@@ -116,8 +116,8 @@ def _constant_interval(value: float, items: int, bounds: tuple[float, float]) ->
 def cv_interval(values: np.ndarray) -> Interval:
     """Standard deviation (n - 1) over mean, with Vangel's modified McKay interval for normal values.
 
-    Vangel, The American Statistician 50, 1996. Empty, with a note, for one value or a mean of 0 or less; without an
-    upper limit if the spread is too large for the number of values.
+    Vangel, The American Statistician 50, 1996. Empty, with a note, for one value or a mean of 0 or less; no interval if
+    the values do not differ, which few seeds may do by chance; no upper limit if the spread is too large for their number.
     """
     values = np.asarray(values, dtype=float)
     n, mean = len(values), values.mean()
@@ -125,7 +125,7 @@ def cv_interval(values: np.ndarray) -> Interval:
         return Interval(*[np.nan] * 5, "one seed: no spread to measure" if n < 2 else "mean is not above 0: CV undefined")
     ratio = values.std(ddof=1) / mean
     if ratio < 1e-12:
-        return Interval(0.0, 0.0, 0.0, np.nan, np.nan, "seeds do not differ")
+        return Interval(0.0, np.nan, np.nan, np.nan, np.nan, "seeds do not differ: no interval")
     edges = stats.chi2.ppf([(1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2], n - 1)
     below = ((edges + 2) / n - 1) * ratio**2 + edges / (n - 1)
     low, high = np.where(below > 0, ratio / np.sqrt(np.abs(below)), np.inf)

@@ -159,8 +159,8 @@ def replace_all(texts: Sequence[str], *, rate: float, seed: int, item_ids: Seque
     if path and (cached := read_rows(path)) is not None:
         return [Replacement(row["text"], (Change(**change) for change in row["changes"]), row["requested"])
                 for row in cached]
-    if isinstance(source, _Ranking):
-        source.known.update(ranking.ranked_candidates(texts, cache_dir=cache_dir))
+    if isinstance(source, _Ranking) and (unranked := [text for text in texts if text not in source.known]):
+        source.known.update(ranking.ranked_candidates(unranked, cache_dir=cache_dir))
     replacements = [
         replace_synonyms(text, rate=rate, seed=seed, item_id=item, forbidden=words or (), source=source)
         for text, item, words in tqdm(zip(*columns), total=len(texts), desc="replacing", delay=2)]
@@ -198,9 +198,9 @@ def worst_replacements(texts: Sequence[str], *, seeds: Iterable[int], score: Cal
     """
     import numpy
 
-    tries, losses = [], []
+    tries, losses, source = [], [], _checked(options.pop("source", "wordnet"))
     for seed in seeds:
-        tries.append(replace_all(texts, seed=seed, **options))
+        tries.append(replace_all(texts, seed=seed, source=source, **options))
         losses.append(numpy.asarray(score([done.text for done in tries[-1]]), dtype=float))
         if losses[-1].shape != (len(texts),) or not numpy.isfinite(losses[-1]).all():
             raise ValueError(f"score must return {len(texts)} finite losses, one a text; seed {seed} gave "
