@@ -1,7 +1,7 @@
 """CARMA: mutual-information and stability losses for fine-tuning causal language models.
 
 `CarmaTrainer` is `transformers.Trainer` with the two terms, `CarmaSFTTrainer` TRL's `SFTTrainer`, and
-`CarmaMixin` puts them on any other trainer; `CarmaLoss` is for your own loop;
+`CarmaMixin` puts them on any other trainer; `CarmaLoss` is for your own loop; `encode`, `encode_text` and `Collator` make rows;
 `constituent_aware_pooling` and `replace_synonyms` are the two interventions. Source: arXiv 2502.11066.
 """
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from carma_lib.collate import Collator, encode, encode_text
     from carma_lib.losses import CarmaConfig, CarmaLoss, mutual_information_loss, stability_loss
     from carma_lib.synonyms.replacement import replace_synonyms
     from carma_lib.pooling import constituent_aware_pooling, pooling_grid
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CarmaConfig": "losses", "CarmaLoss": "losses", "mutual_information_loss": "losses", "stability_loss": "losses",
     "CarmaMixin": "trainer", "CarmaSFTTrainer": "trainer", "CarmaTrainer": "trainer",
+    "Collator": "collate", "encode": "collate", "encode_text": "collate",
     "constituent_aware_pooling": "pooling", "pooling_grid": "pooling",
     "replace_synonyms": "synonyms.replacement",
 }

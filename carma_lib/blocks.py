@@ -233,6 +233,8 @@ def _is_encoder(model: nn.Module) -> bool:
 def learned_positions(model: nn.Module) -> int | None:
     """How many positions a model has embeddings for; None if its positions are computed."""
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    tables = (module for module in model.modules() if isinstance(module, nn.Embedding)
-              and module is not language_model(model).get_input_embeddings())
-    return most if most and any(table.num_embeddings - most in (0, 2) for table in tables) else None  # 2: OPT's offset
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)
+              and module is not language_model(model).get_input_embeddings()] if most else []
+    known = [most - 1 - table.padding_idx if table.num_embeddings == most and table.padding_idx is not None else most  # RoBERTa
+             for table in tables if table.num_embeddings - most in (0, 2)]  # 2: OPT's offset
+    return min(known, default=None)

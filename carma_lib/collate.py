@@ -27,6 +27,7 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, prefix: str 
     `length` (tokens), and the answer. With `answer="token"` that is `target_id`, the one token that continues the
     prompt to `prompt + target` (as published). With `answer="text"`, `input_ids` goes on with the answer's tokens
     and the end-of-text token, `labels` holds these (−100 on the prompt), and `prompt_length` says where they begin.
+    A column that the other kind of answer has is dropped.
 
     level: "word", or "phrase" for the character spans of the column `phrases`; where no row has any, those that
         `phrase_spans` finds.
@@ -43,7 +44,8 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, prefix: str 
     if answer == "text" and tokenizer.eos_token_id is None:
         raise ValueError("answers end with the end-of-text token, and the tokenizer has none: set tokenizer.eos_token")
     plain, limit = _checked(dataset, tokenizer, level, ("text", "target")), _limit(max_length, tokenizer)
-    encoded = _tokenized(plain, tokenizer, level, _encode_answers if answer == "text" else _encode_targets,
+    stale = [name for name in (("target_id",) if answer == "text" else ("labels", "prompt_length")) if name in plain.column_names]
+    encoded = _tokenized(plain.remove_columns(stale), tokenizer, level, _encode_answers if answer == "text" else _encode_targets,
                          prefix=prefix, suffix=suffix)
     lengths = encoded["length"][:]
     if long := [row for row, length in enumerate(lengths) if length > limit]:

@@ -6,6 +6,7 @@ method is an entry of the table; those that add a penalty to the loss are the tr
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -65,6 +66,15 @@ def check_method(method: str) -> str:
     return method
 
 
+def check_strength(method: str, strength: float) -> float:
+    """The strength itself. `ValueError` if the method takes none, or not this one."""
+    most = 1 if METHODS[method].strength in ("carma_weight", "smoothing", "rate") else math.inf
+    if METHODS[method].strength is None or type(strength) not in (int, float) or not 0 < strength <= most or strength == math.inf:
+        raise ValueError(f"strength of {method} must be a number above 0{' and at most 1' if most == 1 else ''}, "
+                         f"and fine_tuning has none; not {strength!r}")
+    return float(strength)
+
+
 def make_trainer(method: str, model: nn.Module, arguments: TrainingArguments, *, carma: CarmaConfig,
                  strength: float | None = None, train_dataset: Sequence[dict], data_collator: Callable,
                  eval_dataset: Sequence[dict] | None = None, callbacks: list | None = None) -> CarmaTrainer:
@@ -73,14 +83,14 @@ def make_trainer(method: str, model: nn.Module, arguments: TrainingArguments, *,
     strength: the method's main hyperparameter, None for its default. Rows of `synonym_augmentation` hold the copies
     already. A batch of `r_drop` has half as many items (at least one), each passed twice, so that every method's step costs
     the same. `task_loss`, logged where something is added to it, is the cross-entropy alone. `ValueError` for an unknown method, "untuned", or a strength
-    that is not above 0.
+    that `check_strength` refuses.
     """
     if check_method(method) == "untuned":
         raise ValueError("an untuned model is not trained; take its start as it is")
     if strength is None:
         strength = METHODS[method].default
-    elif METHODS[method].strength is None or not strength > 0:
-        raise ValueError(f"strength is {strength}; it must be above 0, and fine_tuning has none")
+    else:
+        check_strength(method, strength)
     arguments = copy.copy(arguments)
     settings: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset,
                                 "data_collator": data_collator, "callbacks": callbacks}
@@ -129,7 +139,7 @@ class RDropTrainer(PenaltyTrainer):
     p₁ and p₂ (answers, vocabulary) are the answers of two passes of one batch under different dropout, made
     as one pass of a doubled batch; `strength` is α. A model without any dropout gets 0.1 on its attention.
 
-    Raises `TypeError` for a model that has no dropout to switch on.
+    Raises `TypeError` for one whose attention has no `attention_dropout` to set.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -187,8 +197,9 @@ def _switch_dropout_on(model: nn.Module) -> None:
     """Dropout on attention if the model has none at all: families after GPT-2 are trained without."""
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return
-    places = [module for module in model.modules() if isinstance(getattr(module, "attention_dropout", None), float)]
+    places = [module for module in model.modules() if isinstance(getattr(module, "attention_dropout", None), (int, float))]
     if not places:
-        raise TypeError(f"{type(model).__name__} has no dropout, which R-Drop needs; choose another method")
+        raise TypeError(f"R-Drop needs dropout, and {type(model).__name__} was made without; load it with dropout above 0 in its "
+                        "config, or choose another method")
     for module in places:
         module.attention_dropout = R_DROP_DROPOUT

@@ -30,8 +30,8 @@ class CarmaMixin:
 
     L_task is computed once, by the `compute_loss` of the trainer below; with λ = 0 training is that trainer's, bit for
     bit. Words come from the batch's `constituent_ids` (batch, tokens) if it has them, else from `input_ids` by the
-    tokenizer's vocabulary. Documents packed into one row, told by `position_ids`, the attention mask or the
-    end-of-text token, never share a word nor give each other negatives.
+    tokenizer's vocabulary. Documents packed into one row never share a word nor give each other negatives: they are told by
+    `position_ids` or an attention mask that numbers them, after TRL's wrapped packing by the end-of-text token.
 
     Rows of a single answer, as `carma_lib.collate.encode` makes them, have `target_ids` (batch,) in place of `labels`,
     padded on the left: L_task is the cross-entropy of that token after the last position, evaluation adds `accuracy`
@@ -91,7 +91,8 @@ class CarmaMixin:
             raise ValueError("the batch has no input_ids to read words from: give constituent_ids (batch, tokens) with it")
         ids = inputs.get("input_ids", words)
         mask = self._carma_mask(inputs, ids)
-        packed = inputs.get("position_ids") is None and getattr(self.args, "packing", False)  # and cut without a mark
+        packed = getattr(self.args, "packing", False) and (  # and cut without a mark
+            inputs.get("position_ids") is None or getattr(self.args, "packing_strategy", "") == "wrapped")
         documents = document_ids(inputs.get("position_ids"), mask, ids,
                                  end_of_document=self._carma_tokenizer().eos_token_id if packed else None)
         mask = torch.ones_like(ids) if mask is None else mask
@@ -252,6 +253,8 @@ class CarmaMixin:
         config = checked_config(self.carma).for_depth(len(blocks))
         self._carma_terms, self._carma_attached = CarmaLoss(config), (self.model, self.carma)
         self._carma_kept = KeptStates(blocks, config.layers)
+        if self.args.torch_compile or hasattr(self.model, "_orig_mod"):
+            torch.compiler.reset()  # code that was compiled before runs without these hooks
         weakref.finalize(self, self._carma_kept.remove)
 
     def _carma_detach(self) -> None:

@@ -19,8 +19,8 @@ Span = tuple[int, int]
 # Inside a word, between two letters: apostrophes, hyphens, the middle dot of Catalan, Hebrew geresh and gershayim,
 # and what is not seen (soft hyphen, the joiner and non-joiner of Persian and Indic scripts). In a number: . and ,
 _JOINERS = "'’ʼ＇‐‑\\-·׳״\u00ad\u200c\u200d"
-_LETTERS = r"[\p{L}\p{N}\p{M}]+"  # with their combining marks
-_WORD = regex.compile(rf"{_LETTERS}(?:(?:[{_JOINERS}]|(?<=\p{{N}})[.,٫٬](?=\p{{N}})){_LETTERS})*")
+_LETTERS = r"(?:[\p{L}\p{N}]\p{M}*)+"  # a mark after anything else, as in an emoji, is of no word
+_WORD = regex.compile(rf"{_LETTERS}(?:(?:[{_JOINERS}]\p{{M}}*|(?<=\p{{N}})[.,٫٬](?=\p{{N}})){_LETTERS})*")
 _NOUN_PHRASE = regex.compile(r"D?(?:R?A)*N+")
 
 
@@ -125,7 +125,7 @@ class WordTable:
         position = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
         last = last.gather(1, position.where(last != _CONTINUED, 0).cummax(1).values)
         before = F.pad(last[:, :-1], (1, 0), value=_OTHER).masked_fill(apart, _OTHER)
-        first = first.where(first != _CONTINUED, before)
+        first = first.where(first != _CONTINUED, before.where(before != _JOINER, _LETTER))
         after = F.pad(first[:, 1:], (0, 1), value=_OTHER).masked_fill(F.pad(apart[:, 1:], (0, 1), value=True), _OTHER)
         member = whole.bool() & _joins(first, before) & _joins(last, after)
         if attention_mask is not None:
@@ -138,14 +138,18 @@ def document_ids(position_ids: Tensor | None = None, attention_mask: Tensor | No
                  input_ids: Tensor | None = None, *, end_of_document: int | None = None) -> Tensor | None:
     """The document of each token of rows that may be packed, (batch, tokens) int64; numbers count within a row.
 
-    A document begins where positions do not rise (packing without padding, as TRL and transformers do it), where
+    A document begins where positions do not rise (packing without padding, as TRL and transformers do it; of three rows of
+    positions, time, height and width, where all are 0; of four rows the first is the text's), where
     the attention mask, if it numbers documents 1, 2, …, holds another number, and after the token `end_of_document`
     of `input_ids`, if that is given (rows that were packed and cut without a mark). None if nothing is given.
     """
     begins = []
     if position_ids is not None:
-        position_ids = position_ids[0] if position_ids.dim() == 3 else torch.atleast_2d(position_ids)  # 3: text first
-        begins.append(position_ids[:, 1:] <= position_ids[:, :-1])
+        if position_ids.dim() == 3 and len(position_ids) == 3:
+            begins.append((position_ids[:, :, 1:] == 0).all(0))
+        else:
+            position_ids = position_ids[0] if position_ids.dim() == 3 else torch.atleast_2d(position_ids)
+            begins.append(position_ids[:, 1:] <= position_ids[:, :-1])
     if end_of_document is not None:
         begins.append(input_ids[:, :-1] == end_of_document)
     documents = sum(F.pad(starts.long(), (1, 0)).cumsum(1) for starts in begins) if begins else None
@@ -167,18 +171,21 @@ def _joins(edge: Tensor, neighbour: Tensor) -> Tensor:
 
 def _looks(spelling: bytes) -> tuple[int, int, bool, bool, bool]:
     """Kinds of the first and last character, whether all may be one word, and white space before and after."""
-    continued = len(spelling) - len(spelling.lstrip(_CONTINUATION))
-    text = ("x" if continued else "") + _decoded(spelling[continued:])
+    whole_characters = spelling.lstrip(_CONTINUATION)
+    text = _decoded(whole_characters)
+    rest = regex.sub(r"^\p{M}+", "", text)  # marks go on with what stands before them, as cut bytes do
+    continued = len(whole_characters) < len(spelling) or len(rest) < len(text)
+    text = ("x" if continued else "") + rest
     core = text.strip()
     if not core:
         return _OTHER, _OTHER, False, True, True
     # One word once a letter or digit stands on either side of it, if an edge is a joiner or a point.
-    first, last = _kind_of(core[0]), _kind_of(core[-1])
+    first, last = _kind_of(core[0]), _kind_of(regex.sub(r"(?<=.)\p{M}+$", "", core)[-1])
     around = {_JOINER: "x", _POINT: "0"}
     whole = word_spans(around.get(first, "") + core + around.get(last, ""))
     whole = len(whole) == 1 and whole[0][1] == len(core) + (first in around) + (last in around)
     if continued:
-        first, last = _CONTINUED, _CONTINUED if continued == len(spelling) else last
+        first, last = _CONTINUED, last if rest else _CONTINUED
     return first, last, whole, core[0] != text[0], core[-1] != text[-1]
 
 
@@ -206,7 +213,7 @@ _CONTINUATION = bytes(range(0x80, 0xC0))
 def _kind_of(character: str) -> int:
     if regex.match(r"\p{N}", character):
         return _DIGIT
-    if regex.match(r"[\p{L}\p{M}]", character):
+    if regex.match(r"\p{L}", character):
         return _LETTER
     return _JOINER if regex.match(f"[{_JOINERS}]", character) else _POINT if character in ".,٫٬" else _OTHER
 
@@ -228,9 +235,9 @@ def _speller(names: list[str]):
              "##": lambda name: name.startswith("##"), "</w>": lambda name: name.endswith("</w>")}
     found = {mark: sum(map(has, names)) for mark, has in marks.items()}
     mark = max(found, key=found.get)
-    if not found[mark]:
+    if not found[mark] or mark in ("##", "</w>") and found[mark] < len(names) / 100:  # a stray entry marks nothing
         raise ValueError("the tokenizer's vocabulary does not tell where words begin: give each row constituent_ids, "
-                         "for example by carma_lib.encode_text")
+                         "for example by carma_lib.collate.encode_text")
     return {"Ġ": _of_byte_level, "▁": _of_metaspace, "##": _of_word_piece, "</w>": _of_word_end}[mark]
 
 

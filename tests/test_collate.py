@@ -419,3 +419,19 @@ def test_odd_phrases_name_row_and_column(phrases):
     from carma_lib.collate import _spans
     with pytest.raises(ValueError, match="^row 4: phrases are "):
         _spans(phrases, 4)
+
+
+def test_columns_of_the_other_kind_of_answer_are_dropped():
+    """A data set with a column of classes called labels is common, and the collator would take it for tokens."""
+    rows = Dataset.from_list([{"text": text, "target": "a", "labels": 1, "prompt_length": 9, "target_id": 7} for text in TEXTS[:2]])
+    tokenizer = byte_level_tokenizer()
+    tokens = encode(rows, tokenizer, suffix=' is called a "')
+    assert "labels" not in tokens.column_names and (Collator(0)(list(tokens))["target_ids"] != 7).all()
+    answers = encode(rows, tokenizer, suffix=' is called a "', answer="text")
+    assert "target_id" not in answers.column_names and answers[0]["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_what_rows_are_made_with_is_public():
+    import carma_lib
+
+    assert (carma_lib.encode, carma_lib.encode_text, carma_lib.Collator) == (encode, encode_text, Collator)

@@ -162,17 +162,21 @@ def test_many_drawn_tokens_are_all_of_them():
 
 @pytest.mark.parametrize("num_negatives", [None, 5])
 def test_a_word_of_many_tokens_needs_no_more_memory_than_others(num_negatives):
-    """A constituent of 700 tokens has 244,650 pairs; what is kept for the backward pass stays at the states' size."""
-    states = torch.randn(1, 1, 800, 4, dtype=torch.float64, requires_grad=True)
-    ids, mask = torch.arange(800).sub(699).clamp_min(0)[None], torch.ones(1, 800).long()
+    """A constituent of 800 tokens has 319,600 pairs, more than are kept: a step keeps the states and a sum of each token."""
+    states = torch.randn(1, 1, 900, 4, dtype=torch.float64, requires_grad=True)
+    ids, mask = torch.arange(900).sub(799).clamp_min(0)[None], torch.ones(1, 900).long()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         fast = mutual_information_loss(states, ids, mask, num_negatives=num_negatives)
-    assert sum(kept) == states.numel()
+    step = fast.grad_fn
+    while "_Terms" not in type(step).__name__:
+        step = step.next_functions[0][0]
+    assert sum(kept) == states.numel() and step.batch.few is None
+    assert [tensor.numel() for tensors in step.kept.values() for tensor in tensors] == [900]
     if num_negatives is None:
         scores = F.normalize(states[0, 0], dim=-1) @ F.normalize(states[0, 0], dim=-1).T / 0.1
-        costs = F.softplus(scores[:700, 700:].logsumexp(1, keepdim=True) - scores[:700, :700])
-        slow = costs[torch.ones(700, 700).triu(1).bool()].mean()
+        costs = F.softplus(scores[:800, 800:].logsumexp(1, keepdim=True) - scores[:800, :800])
+        slow = costs[torch.ones(800, 800).triu(1).bool()].mean()
         for ours, formula in zip(value_and_gradient(fast, states), value_and_gradient(slow, states)):
             torch.testing.assert_close(ours, formula, rtol=1e-6, atol=1e-9)
     else:
@@ -358,7 +362,7 @@ def test_precision_inside(dtype, inside):
 
 
 def test_memory_grows_with_the_batch_not_its_square():
-    """The largest tensor that autograd keeps, per row."""
+    """The largest tensor that autograd saves, per row; what a step keeps beside them has its bound in `EDGES`."""
 
     def largest(rows):
         sizes = []

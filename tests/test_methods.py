@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import TEXTS, byte_level_tokenizer, tiny_model
-from transformers import TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from carma_lib.collate import Collator, encode
 from carma_lib.losses import CarmaConfig
@@ -92,10 +92,12 @@ def test_r_drop_passes_each_item_twice_at_the_cost_of_one_batch(rows, tmp_path):
         plain = made.model(**{name: batch_of(rows)[name] for name in ("input_ids", "attention_mask")}).logits
         other = made.model(**{name: batch_of(rows)[name] for name in ("input_ids", "attention_mask")}).logits
     assert not torch.equal(plain, other)  # dropout is at work
+    passed = []
+    made.model.register_forward_pre_hook(lambda _, given, named: passed.append(len(named["input_ids"])), with_kwargs=True)
+    made.compute_loss(made.model, batch_of(rows))
     made.model.eval()
-    loss = made.compute_loss(made.model, batch_of(rows))
-    made.model.eval()
-    assert loss.item() == made.compute_loss(made.model, batch_of(rows)).item()  # no second pass, no dropout
+    made.compute_loss(made.model, batch_of(rows))
+    assert passed == [8, 4]  # twice while training, once while evaluating
 
 
 def test_l2_sp_against_the_formula(rows, tmp_path):
@@ -155,10 +157,24 @@ def test_bad_methods_and_strengths_are_refused(rows, tmp_path):
         trainer(tmp_path, rows, "mixout")
     with pytest.raises(ValueError, match="an untuned model is not trained"):
         trainer(tmp_path, rows, "untuned")
-    with pytest.raises(ValueError, match="strength is 0.0; it must be above 0"):
+    with pytest.raises(ValueError, match="strength of l2_sp must be a number above 0, "):
         trainer(tmp_path, rows, "l2_sp", strength=0.0)
+    for method in ("label_smoothing", "carma", "synonym_augmentation"):
+        with pytest.raises(ValueError, match=f"strength of {method} must be a number above 0 and at most 1, "):
+            trainer(tmp_path, rows, method, strength=3.0)
     with pytest.raises(ValueError, match="fine_tuning has none"):
         trainer(tmp_path, rows, "fine_tuning", strength=0.1)
+
+
+def test_r_drop_switches_a_dropout_on_that_is_a_whole_number(rows, tmp_path):
+    """As a config file may have it."""
+    config = AutoConfig.for_model("llama", vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                  intermediate_size=64, attention_dropout=0)
+    made = trainer(tmp_path, rows, "r_drop", model=AutoModelForCausalLM.from_config(config))
+    ids = batch_of(rows)["input_ids"]
+    made.model.train()
+    with torch.no_grad():
+        assert not torch.equal(made.model(ids).logits, made.model(ids).logits)
 
 
 def test_r_drop_says_what_it_cannot_do(rows, tmp_path):
@@ -166,7 +182,7 @@ def test_r_drop_says_what_it_cannot_do(rows, tmp_path):
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             del module.attention_dropout
-    with pytest.raises(TypeError, match="has no dropout, which R-Drop needs"):
+    with pytest.raises(TypeError, match="R-Drop needs dropout, and LlamaForCausalLM was made without"):
         RDropTrainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"), strength=1.0,
                      train_dataset=rows, data_collator=Collator(TOKENIZER))
 

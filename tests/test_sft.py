@@ -34,6 +34,7 @@ SCENARIOS = {
     "chat, the assistant's words alone": (CHAT, {"assistant_only_loss": True}, {}),
     "packing, best fit": (TEXT, {"packing": True, "packing_strategy": "bfd", "max_length": 64}, {}),
     "packing, wrapped": (TEXT, {"packing": True, "packing_strategy": "wrapped", "max_length": 64}, {}),
+    "packing, wrapped, no padding": (TEXT, {"packing": True, "packing_strategy": "wrapped", "padding_free": True, "max_length": 64}, {}),
     "no padding": (TEXT, {"padding_free": True, "max_length": None}, {}),
     "truncation": (TEXT, {"max_length": 12}, {}),
     "LoRA": (TEXT, {"learning_rate": 0.5}, LORA),
@@ -79,7 +80,7 @@ def test_terms_are_above_zero_and_weight_zero_is_the_base_trainer(tmp_path, name
     assert ("eval_loss" in carma.state.log_history[1]) == (name == "evaluation")
 
 
-@pytest.mark.parametrize("name", ["packing, best fit", "packing, wrapped", "no padding"])
+@pytest.mark.parametrize("name", ["packing, best fit", "packing, wrapped", "packing, wrapped, no padding", "no padding"])
 def test_documents_of_one_row_never_meet(tmp_path, monkeypatch, name):
     """Wrapped packing marks no documents, so they end at the end-of-text token; the other ways count positions anew."""
     seen, several = [], 0
@@ -92,15 +93,16 @@ def test_documents_of_one_row_never_meet(tmp_path, monkeypatch, name):
     monkeypatch.setattr(CarmaLoss, "__call__", spy)
     inputs, base = [], SFTTrainer.compute_loss
     monkeypatch.setattr(SFTTrainer, "compute_loss", lambda self, model, given, *args, **more:
-                        (inputs.append(given["input_ids"]), base(self, model, given, *args, **more))[1])
+                        (inputs.append((given["input_ids"], given.get("position_ids"))), base(self, model, given, *args, **more))[1])
     trained(CarmaSFTTrainer, tmp_path, name, carma=CARMA)
     assert len(seen) == len(inputs) == 2
-    for ids, (words, documents) in zip(inputs, seen):
+    for (ids, positions), (words, documents) in zip(inputs, seen):
+        rows_begin = {place for place, position in enumerate(positions[0].tolist()) if not position} if "wrapped, no" in name else ()
         for tokens, row, found in zip(ids.tolist(), words.tolist(), documents.tolist()):
             expected, number = [], 0  # by the end-of-text token that TRL puts after each text
-            for token in tokens:
+            for place, token in enumerate(tokens, 1):
                 expected.append(number)
-                number += token == TOKENIZER.eos_token_id
+                number += token == TOKENIZER.eos_token_id or place in rows_begin
             names = {each: place for place, each in enumerate(dict.fromkeys(found))}
             assert [names[each] for each in found] == expected
             several += number > 1

@@ -350,6 +350,14 @@ def test_compiled_model(tmp_path):
     )
 
 
+def test_compiled_trainings_one_after_another(tmp_path):
+    """What was compiled without hooks, or with those of other layers, must not run in their place."""
+    compiled = dict(torch_compile=True, torch_compile_backend="aot_eager")
+    for carma in (PLAIN, CARMA, replace(CARMA, mi_layers=(0, 2), stability_layers=(0, 2)), PLAIN):
+        after, plain = (trained(tmp_path, single_target_rows(), tiny_model("llama"), carma, **more) for more in (compiled, {}))
+        assert losses(after) == pytest.approx(losses(plain), rel=1e-5)
+
+
 def test_bf16(tmp_path):
     full = trained(tmp_path, single_target_rows(), tiny_model("llama"))
     half = trained(tmp_path, single_target_rows(), tiny_model("llama"), bf16=True)
@@ -743,14 +751,15 @@ def test_a_vision_tower_of_the_same_depth_is_not_the_language_model(tmp_path, fa
     assert logged["mutual_information"] > 0 and logged["stability"] > 0
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "roberta"])
 @pytest.mark.parametrize("carma", [PLAIN, CARMA])
 def test_rows_longer_than_the_models_positions(tmp_path, family, carma):
     """The tokenizer knows no maximum, so only the model can tell."""
     assert TOKENIZER.model_max_length > 1e9
-    model = tiny_model("gpt2") if family == "gpt2" else AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        "opt", vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32,
-        max_position_embeddings=128))
+    shape = dict(vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+    model = tiny_model("gpt2") if family == "gpt2" else AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("opt", **shape, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=128)
+        if family == "opt" else AutoConfig.for_model("roberta", **shape, intermediate_size=64, is_decoder=True, max_position_embeddings=130))
     texts = Dataset.from_dict({"text": ["a small bird " * 200]})
     with pytest.raises(ValueError, match=r"^a row has \d[\d,]+ tokens, and the model knows 128 positions: cut .* max_length=128") as error:
         trained(tmp_path, encode_text(texts, TOKENIZER), model, carma=carma)

@@ -120,6 +120,7 @@ HARD = (
     "An unbelievably kind-hearted, café! don't (3.5 or 1,000) 'quoted' well-known... l’été snake_case e.g. 3,4",
     " it 's n't -- a - b, 'tis the dogs' 1,a .5 -5 x-", unicodedata.normalize("NFD", "naïve café"), "a\tb\n\nc  d",
     "你好世界，今天 天气。 日本語のテキスト。 हिन्दी में लिखा है 🙂 ok привет-мир كِتَابٌ שָׁלוֹם น้ำ", "x²=½ €5.30 50% A/B co\u00adoperate",
+    "I ❤️ you, ❤️love it™️ 1️⃣ ☺️☺️s র\u200d্যাব क्\u200dष",
 )
 
 
@@ -223,10 +224,26 @@ def test_rows_do_not_touch_each_other_and_may_be_empty():
     assert table.constituent_ids(torch.full((1, 2), 10**6)).shape == (1, 2)  # ids that the vocabulary lacks
 
 
-def test_vocabulary_without_marks_of_words():
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+@pytest.mark.parametrize("stray", [[], ["##"], ["x</w>"]])
+def test_vocabulary_without_marks_of_words(stray):
+    """Nor does one entry of many say how a vocabulary marks words."""
+    names = ["<unk>", " bird", *(chr(97 + place // 26) + chr(97 + place % 26) for place in range(200)), *stray]
+    tokenizer = Tokenizer(models.WordLevel({name: place for place, name in enumerate(names)}, unk_token="<unk>"))
     with pytest.raises(ValueError, match="constituent_ids"):
         WordTable(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+
+@pytest.mark.parametrize("text, words", [
+    ("I ❤️ you", ["I", "you"]), ("❤️love it", ["love", "it"]), ("no™️ ☺️☺️s", ["no", "s"]), ("nai\u0308ve e\u0301", ["nai\u0308ve", "e\u0301"]),
+    ("\u0301a", ["a"]), ("র\u200d্যাব क्\u200dष", ["র\u200d্যাব", "क्\u200dष"])])
+def test_marks_are_of_the_word_before_them_alone(text, words):
+    """As a variation selector, which is the second half of many emoji and no word."""
+    assert [text[start:end] for start, end in word_spans(text)] == words
+    for make in (byte_level_tokenizer, metaspace_tokenizer):
+        tokenizer = make((*TEXTS, *HARD, text), 1200)
+        table = WordTable(tokenizer)
+        ids, expected = by_offsets(tokenizer, text)
+        assert table.constituent_ids(torch.tensor([ids]))[0].tolist() == expected
 
 
 def test_documents_of_packed_rows():
@@ -239,6 +256,9 @@ def test_documents_of_packed_rows():
     assert document_ids() is None and documents(attention_mask=torch.ones_like(ids)) == [0] * 6
     assert documents(position_ids=torch.tensor([[0, 1, 2, 0, 1, 0]])) == [0, 0, 0, 1, 1, 2]
     assert documents(position_ids=torch.tensor([[0, 1, 0, 1, 2, 3]]).expand(3, 1, 6)) == [0, 0, 1, 1, 1, 1]
+    image = torch.tensor([[0, 1, 2, 2, 2, 0], [0, 1, 2, 2, 3, 0], [0, 1, 2, 3, 2, 0]])[:, None]  # time, height, width
+    assert documents(position_ids=image) == [0, 0, 0, 0, 0, 1]
+    assert documents(position_ids=torch.cat([torch.arange(6)[None, None], image])) == [0] * 6  # the text's positions before them
     assert documents(position_ids=torch.arange(6)) == [0] * 6  # one row of positions for all rows
     assert documents(attention_mask=torch.tensor([[1, 1, 2, 2, 2, 0]])) == [0, 0, 1, 1, 1, 2]
     assert documents(end_of_document=7) == [0, 0, 0, 1, 1, 1]

@@ -6,7 +6,6 @@ A run folder holds `data/<task>/`, `starts/` (tokenizers and base models of smal
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from carma_lib.files import RunError, check_folder, fingerprint, read_json, reading, sha256_of, write_json
 from carma_lib.lab.recipe import EXAMPLES, Recipe, Testing
-from carma_lib.methods import METHODS, check_method
+from carma_lib.methods import METHODS, check_method, check_strength
 from carma_lib.tasks import TASKS, read_card, task_named
 
 #: Raise one when a training, or the tests, come to something else with the same settings and data.
@@ -59,12 +58,7 @@ class Cell:
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")
         if self.strength is not None:
-            most = 1 if METHODS[self.method].strength in ("carma_weight", "smoothing", "rate") else math.inf
-            if (METHODS[self.method].strength is None or type(self.strength) not in (int, float)
-                    or not 0 < self.strength <= most or self.strength == math.inf):
-                raise ValueError(f"strength of {self.method} must be a number above 0{' and at most 1' if most == 1 else ''}, "
-                                 f"and fine_tuning has none; not {self.strength!r}")
-            object.__setattr__(self, "strength", float(self.strength))  # 1 and 1.0 are one cell
+            object.__setattr__(self, "strength", check_strength(self.method, self.strength))  # 1 and 1.0 are one cell
 
     @property
     def key(self) -> str:
