@@ -73,13 +73,13 @@ def command_line(work: Path) -> Iterator[Case]:
         """07_controlled_study.changes={'settings': {'plain_texts': ['sst9']}}""", """changes={'settings': {'stepps': 3}}""",
         """11_pretrained_study.changes={'blocks': {'primary': {'seeds': [-1]}}}""",
         """11_pretrained_study.changes={'settings': {'rates': [25]}}""", "learning_rate=float('nan')", "learning_rate=1e999", "learning_rate=-1", "warmup_steps=1000",
-        "temperature=1e-30", "confidence=95", "confidence=0", "margin=1.5", "baseline=nobody", '04_statistics.methods=["r_drop"]',
+        "temperature=1e-30", "margin=1.5", "baseline=nobody", '04_statistics.methods=["r_drop"]',
         "workers=0", "workers=-2", '03_evaluate.recipe={"test_splits": ["train"]}', '03_evaluate.recipe={"test_splits": ["test_no"]}',
         '03_evaluate.recipe={"steps": 3}', '02_finetune.recipe={"layres": 3}', 'family="bert"', "width=30", "precision=fp8",
         "adapter=qlora", "split_by=column", '07_controlled_study.blocks=["nowhere"]', 'changes={"margins": 1}', "plan=no/plan.yml",
-        "depth_shares=[0.5, 1.5]", "test_items=-1", "vocabulary_size=10", '06_what_the_interventions_do.protocols=["median"]',
-        '06_what_the_interventions_do.method="carmen"', '06_what_the_interventions_do.seed=-3', '05_how_carma_works.layers=0',
-        "05_how_carma_works.batches=[0]", '01_data_construction.start="/no/such"', "fail=1", "steps", "run_dir=x", "=", "run=", "02_finetune.=3",
+        "depth_shares=[0.5, 1.5]", "test_items=-1", "vocabulary_size=10", 'protocols=["median"]',
+        '06_what_the_interventions_do.seed=-3', '05_how_carma_works.layers=0',
+        "05_how_carma_works.batch_size=0", "start=random:/no/such", '01_data_construction.start="/no/such"', "fail=1", "steps", "run_dir=x", "=", "run=", "02_finetune.=3",
         "rates=[]", "baseline=carma", "04_statistics.methods=['fine_tuning']", "02_finetune.methods=['untuned','fine_tuning','carma']",
         "levels=['phrase']", "batch_size=0", "layers=10000000", "rates=[0.25,0.250001]", "12_pretrained_answers.changes={'claims': []}",
         "08_study_results.changes={'claims': [{'name': 'x'}]}", "width=12",
@@ -132,6 +132,8 @@ def sweep_file(work: Path) -> Iterator[Case]:
     """A sweep file with one wrong entry."""
     right = {"run_dir": str(work / "sweep"), "tasks": ["controlled_sentiment"], "models": ["random"], "methods": ["fine_tuning", "carma"],
              "seeds": [1, 2], "settings": {"steps": 10, "warmup_steps": 0}}
+    semicolons = work / "semicolons.csv"
+    semicolons.write_text("text;target\na;b\n", encoding="utf-8")
     changes = {
         "unknown key": {"sedes": [1]}, "no tasks": {"tasks": []}, "tasks in words": {"tasks": "sst3"}, "unknown task": {"tasks": ["sst4"]},
         "a seed twice": {"seeds": [1, 1]}, "seed in words": {"seeds": ["one"]}, "seed of 2**32": {"seeds": [2**32]},
@@ -147,7 +149,7 @@ def sweep_file(work: Path) -> Iterator[Case]:
             "wordnet_inverse_dictionary": {"split_by": "column"}}}, "steps in words": {"settings": {"steps": "many"}},
         "test_at after the end": {"settings": {"steps": 10, "warmup_steps": 0, "test_at": [20]}}, "settings is a list": {"settings": [1]},
         "settings is an empty list": {"settings": []}, **{f"no {key} after its name": {key: None} for key in ("run_dir", "tasks", "models", "methods", "seeds")}, "conditions are false": {"conditions": False}, "data is 0": {"data": 0},
-        "a zero byte in run_dir": {"run_dir": "run\0s"}, "tokenizer of a file": {"settings": {"steps": 10, "warmup_steps": 0, "tokenizer_tasks": ["my.csv"]}},
+        "no such file": {"tasks": ["gone.csv"]}, "a damaged file": {"tasks": [str(semicolons)]}, "a zero byte in run_dir": {"run_dir": "run\0s"}, "tokenizer of a file": {"settings": {"steps": 10, "warmup_steps": 0, "tokenizer_tasks": ["my.csv"]}},
         "plain texts of a file": {"conditions": {"plain_texts": ["nofile.csv"]}},
         "layers of no block": {"settings": {"steps": 10, "warmup_steps": 0, "mi_layers": [0, 9]}}, "steps and epochs": {"settings": {"steps": 1, "epochs": 1}},
     }

@@ -152,7 +152,7 @@ def _command(options: argparse.Namespace) -> int:
         plan = manifest.make_plan(options.profile, run_dir=options.run_dir, settings=settings)
         if options.dry_run:
             notebooks.check_run_folder(plan, resume=options.resume, fresh=options.fresh)
-            print(manifest.describe(plan, resume=options.resume))
+            print(notebooks.describe(plan, resume=options.resume))
             return 0
         print(notebooks.execute(plan, resume=options.resume, fresh=options.fresh))
         return 0

@@ -21,6 +21,7 @@ import yaml
 
 CHECKSUMS = "checksums.json"
 PARTIAL = ".partial-"  # how the name of a file or folder begins that is being written, or that a kill left behind
+PATIENCE = 60.0  # seconds after which whoever waits for a lock without end says so
 _WAY_OUT = "delete it, or put a whole copy in its place"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of a file system
 
@@ -229,7 +230,7 @@ def sha256_of(path: Path) -> str:
 def locked(path: Path | str, *, wait: float = 0.0, busy: str | None = None) -> Iterator[None]:
     """Hold the lock file `path` for the block; the system frees it when the process ends, however it ends.
 
-    wait: seconds to wait for another holder, below 0 without end. busy: what `RunError` says if it is held still.
+    wait: seconds to wait for another holder, below 0 without end, which is said after a minute. busy: what `RunError` says if it is held still.
     On a file system without locks, the presence of a second file, `path` + ".soft", is the lock: after a kill on
     another machine it must be deleted by hand.
     """
@@ -239,12 +240,12 @@ def locked(path: Path | str, *, wait: float = 0.0, busy: str | None = None) -> I
         _make_folder(path.parent)
         lock: Any = filelock.FileLock(path)
         try:
-            lock.acquire(timeout=wait)
+            _acquire(lock, wait)
         except (NotImplementedError, OSError) as error:
             if isinstance(error, filelock.Timeout) or getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
                 raise
             lock = filelock.SoftFileLock(f"{path}.soft")
-            lock.acquire(timeout=wait)
+            _acquire(lock, wait)
     except filelock.Timeout:
         raise RunError(busy) from None
     except OSError as error:
@@ -253,6 +254,18 @@ def locked(path: Path | str, *, wait: float = 0.0, busy: str | None = None) -> I
         yield
     finally:
         lock.release()
+
+
+def _acquire(lock: Any, wait: float) -> None:
+    """Take a lock; whoever waits without end says once what for."""
+    try:
+        lock.acquire(timeout=wait if wait >= 0 else PATIENCE)
+    except filelock.Timeout:
+        if wait >= 0:
+            raise
+        by_hand = "; if none runs any more, delete that file" if isinstance(lock, filelock.SoftFileLock) else ""
+        print(f"waiting for another process, which holds {lock.lock_file}{by_hand}", flush=True)
+        lock.acquire(timeout=-1)
 
 
 def fingerprint(*values: Any) -> str:

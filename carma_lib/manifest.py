@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,8 +19,8 @@ from carma_lib.lab.recipe import SMALL_STARTS, Recipe, Testing, Training, recipe
 from carma_lib.lab.study import merged, read_study
 from carma_lib.methods import METHODS
 from carma_lib.models import load_config, pretrained
-from carma_lib.pooling import PROTOCOLS
 from carma_lib.stats.claims import check_plan, claims_for
+from carma_lib.synonyms.reader import WordNetNotFound, wordnet
 from carma_lib.tasks import task_named
 from carma_lib.tasks import file as own
 from carma_lib.tasks.controlled.lexicon import lexicon_file
@@ -31,18 +30,16 @@ MANIFEST = "nbs_ci.yml"
 #: What a parameter of any notebook must be, or each entry of a list, beside its type.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers": (lambda value: 1 <= value <= 1000, "from 1 to 1000"),
-    **dict.fromkeys(("workers", "batch_size", "width", "rounds", "threads", "batches", "num_negatives", "quick_steps", "quality_items"),
+    **dict.fromkeys(("workers", "batch_size", "threads", "quick_steps", "quality_items"),
                     (lambda value: value >= 1, "at least 1")),
-    **dict.fromkeys(("test_items", "pooled_items", "shown_items", "item", "repeated_cells"), (lambda value: value >= 0, "at least 0")),
+    **dict.fromkeys(("test_items", "pooled_items", "item", "repeated_cells"), (lambda value: value >= 0, "at least 0")),
     **dict.fromkeys(("seed", "seeds"), (lambda value: type(value) is int and 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")),
     **dict.fromkeys(("rates", "depth_shares", "depth_share"), (lambda value: 0 < value <= 1, "above 0 and at most 1")),
     **dict.fromkeys(("margin",), (lambda value: 0 < value < 1, "between 0 and 1")),
-    **dict.fromkeys(("method", "methods", "baseline"), (lambda value: value in METHODS, f"one of {', '.join(METHODS)}")),
+    **dict.fromkeys(("methods", "baseline"), (lambda value: value in METHODS, f"one of {', '.join(METHODS)}")),
     **dict.fromkeys(("levels", "level"), (lambda value: value in LEVELS or 0 < value < 1, f"one of {', '.join(LEVELS)}")),
-    "protocols": (lambda value: value in PROTOCOLS, f"one of {', '.join(PROTOCOLS)}"),
     "split_by": (lambda value: value in SPLIT_KEYS, f"one of {', '.join(SPLIT_KEYS)}"),
     "vocabulary_size": (lambda value: value >= 258, "at least 258"),
-    "temperature": (lambda value: 1e-6 <= value < math.inf, "at least 1e-6"),
 }
 #: The parameters that name what a notebook reads beside the run folder.
 _READ = ("plan", "archive", "trials_from", "tasks", "further_tasks")
@@ -155,17 +152,14 @@ def make_plan(profile: str, *, run_dir: Path | None = None, settings: dict[str, 
 def _checked_file(task: Any, root: Path) -> Any:
     """A task; if it is a file of one's own, its path as the notebooks find it, which run in the root.
 
-    Its rows are checked. Raises `RunError` for a file that is not there or that breaks the rules.
+    A relative path counts from the working directory, else from the root. Its rows are checked. Raises `RunError` for a
+    file that is not there or that breaks the rules.
     """
     if not isinstance(task, str) or not own.is_file_name(task):
         return task
-    if not (path := root / user_path(task)).is_file():
-        path = Path.cwd() / user_path(task)
-        if not path.is_file():
-            raise RunError(f"{task}: there is no such file; give the path of your data, from {Path.cwd()} or whole")
-        task = str(path)
-    own.build_rows(file=str(path), name="own", content=own.content_of(path), seed=0, split_sizes=own.SPLIT_SIZES)
-    return task
+    path = next((path for folder in (Path.cwd(), root) if (path := folder / user_path(task)).is_file()), Path.cwd() / user_path(task))
+    own.check_file(path)
+    return task if path == root / user_path(task) else str(path)
 
 
 def _declared_parameters(notebook: Notebook) -> dict[str, Any]:
@@ -192,7 +186,9 @@ def _apply_settings(settings: dict[str, str], chosen: dict[str, dict[str, Any]],
         targets = [target for target in known if name in known[target] and notebook in ("", target)]
         home = "02_finetune" if name in Training.model_fields else "03_evaluate" if name in Testing.model_fields else None
         if home in known and home not in targets and notebook in ("", home):
-            chosen[home].setdefault("recipe", {})[name] = _literal(literal)
+            if not isinstance(chosen[home].setdefault("recipe", {}), dict):
+                raise RunError(f"{home}: 'recipe' takes settings by name, such as {{'learning_rate': 0.001}}, not {chosen[home]['recipe']!r}")
+            chosen[home]["recipe"][name] = _literal(literal)
         elif not targets:
             available = sorted({name for parameters in known.values() for name in parameters} | (
                 {*Recipe.model_fields} if "02_finetune" in known else set()))
@@ -222,8 +218,9 @@ def _check_values(parameters: dict[str, dict[str, Any]]) -> None:
         for name, values in parameters.items():
             for setting, value in values.items():
                 _check_value(setting, value)
-            if name != "02_finetune" and values.get("start", "random") not in (*SMALL_STARTS, *pretrained.names()):
-                load_config(values["start"])
+            of = str(values.get("start", "random")).removeprefix("random:")
+            if name != "02_finetune" and of not in (*SMALL_STARTS, *pretrained.names()):
+                load_config(of)
             if "plan" in values and "changes" in values:
                 given = repr((values["plan"], values["changes"]))  # several notebooks read one study
                 if given not in studies:
@@ -241,7 +238,7 @@ def _check_values(parameters: dict[str, dict[str, Any]]) -> None:
             _check_cells(parameters[name], parameters.get("03_evaluate", {}))
             if name := "04_statistics" if "04_statistics" in parameters else "":
                 _check_comparison(parameters["02_finetune"]["methods"], parameters[name]["methods"], parameters[name]["baseline"])
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, WordNetNotFound) as error:
         if "hub cannot be reached" not in str(error):  # what depends on the model is then checked when it is loaded
             raise RunError(f"{name}: {' '.join(str(error).split())}") from error
 
@@ -279,6 +276,8 @@ def _check_cells(training: dict[str, Any], testing: dict[str, Any]) -> None:
     if training["methods"][0] == "untuned":  # notebook 2 takes the first one for the time of a training
         raise ValueError("methods begins with 'untuned', which is not trained: put it last")
     tests = {name: testing[name] for name in testing if name in Testing.model_fields} | testing.get("recipe", {})
+    if tests.get("rates") and any(task_named(task).synonyms == "wordnet" for task in training["tasks"]):
+        wordnet()  # else its absence would be told after the trainings
     for task in training["tasks"]:
         filled = recipe_for(task_named(task).kind, {"start": training["start"], "steps": training["steps"],
                                                     **training["recipe"], **tests}, seeds=tuple(training["seeds"]))
@@ -334,18 +333,3 @@ def read_status(run_dir: Path) -> dict[str, dict[str, Any]] | None:
     return {name: entry for name, entry in entries.items() if isinstance(entry, dict)
             and isinstance(entry.get("parameters"), dict) and isinstance(entry.get("seconds", 0), (int, float))
             and {"state", "fingerprint"} <= entry.keys()}
-
-
-def describe(plan: Plan, *, resume: bool) -> str:
-    """What a run would do, for `--dry-run`: notebooks, parameters, inputs and outputs, what is done already."""
-    entries = read_status(plan.run_dir) or {}
-    lines = [f"profile {plan.profile} → {plan.run_dir}"]
-    for notebook in plan.notebooks:
-        entry = entries.get(notebook.name, {})
-        done = entry.get("state") == "done" and entry["fingerprint"] == plan.fingerprints[notebook.name]
-        took = f", took {entry['seconds']:.0f} s before" if entry.get("seconds") else ""
-        lines.append(f"\n{notebook.name}: {'done, will be skipped' if done and resume else 'will run'}"
-                     f" (at most {notebook.total_seconds} s{took})")
-        lines += [f"    {name} = {value!r}" for name, value in plan.parameters[notebook.name].items()]
-        lines.append(f"    needs {', '.join(notebook.needs) or 'nothing'}; makes {', '.join(notebook.makes)}")
-    return "\n".join(lines + ["", f"at the end: {plan.run_dir / 'report.html'}"])

@@ -20,7 +20,7 @@ from typing import Any
 from carma_lib.files import PARTIAL, RunError, ignore_in_children, locked, remove_partial, sha256_of, whole_file, write_json
 from carma_lib.manifest import MANIFEST, Notebook, Plan, make_plan, project_root, read_status, run_folder, source_of
 
-__all__ = ["check_run_folder", "execute", "project_root", "publish", "run_folder", "tidy_notebook", "versions"]
+__all__ = ["check_run_folder", "describe", "execute", "project_root", "publish", "run_folder", "tidy_notebook", "versions"]
 
 #: What a run folder holds beside what the manifest names.
 _OURS = {"lock", ".lock", ".lock.soft", "status.json", "notebooks", "data", "cells", "starts", "cache", "tables", "figures",
@@ -42,8 +42,7 @@ def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
         for number, notebook in enumerate(plan.notebooks, start=1):
             entry = status["notebooks"][notebook.name]
             label = f"[{number}/{len(plan.notebooks)}] {notebook.name}"
-            if (entry["state"] == "done" and not again & set(notebook.needs) and _makes_present(plan, notebook)
-                    and _unchanged(plan.run_dir, entry, plan.reads[notebook.name])):
+            if _is_done(plan, notebook, entry, again):
                 print(f"{label}: done before, skipped", flush=True)
                 continue
             print(f"{label}: running", flush=True)
@@ -52,6 +51,27 @@ def execute(plan: Plan, *, resume: bool = False, fresh: bool = False) -> Path:
             print(f"{label}: done in {entry['seconds']:.0f} s", flush=True)
         copies = [plan.run_dir / "notebooks" / f"{notebook.name}.ipynb" for notebook in plan.notebooks]
         return write_report(plan.run_dir, notebooks=copies, title=f"CARMA: profile {plan.profile}")
+
+
+def describe(plan: Plan, *, resume: bool) -> str:
+    """What a run would do, for `--dry-run`: notebooks, parameters, inputs and outputs, what is done already."""
+    entries, again = read_status(plan.run_dir) or {}, set[str]()
+    lines = [f"profile {plan.profile} → {plan.run_dir}"]
+    for notebook in plan.notebooks:
+        entry = entries.get(notebook.name, {})
+        done = resume and _is_done(plan, notebook, entry, again) and entry["fingerprint"] == plan.fingerprints[notebook.name]
+        again |= set() if done else set(notebook.makes)
+        took = f", took {entry['seconds']:.0f} s before" if entry.get("seconds") else ""
+        lines.append(f"\n{notebook.name}: {'done, will be skipped' if done else 'will run'} (at most {notebook.total_seconds} s{took})")
+        lines += [f"    {name} = {value!r}" for name, value in plan.parameters[notebook.name].items()]
+        lines.append(f"    needs {', '.join(notebook.needs) or 'nothing'}; makes {', '.join(notebook.makes)}")
+    return "\n".join(lines + ["", f"at the end: {plan.run_dir / 'report.html'}"])
+
+
+def _is_done(plan: Plan, notebook: Notebook, entry: dict[str, Any], again: set[str]) -> bool:
+    """Whether a notebook is done, from what is there still. again: what is made anew before it."""
+    return (entry.get("state") == "done" and not again & set(notebook.needs) and _makes_present(plan, notebook)
+            and _unchanged(plan.run_dir, entry, plan.reads[notebook.name]))
 
 
 def check_run_folder(plan: Plan, *, resume: bool, fresh: bool) -> None:
@@ -189,9 +209,10 @@ def _kernel_config() -> Any:
     from traitlets.config import Config
 
     ignore_in_children("ignore:IProgress not found")
-    if os.name != "posix":
+    place = f"{tempfile.gettempdir()}/carma-{os.getpid()}"
+    if os.name != "posix" or len(place.encode()) > 95:  # a socket's path has at most 107 bytes
         return Config()
-    return Config({"KernelManager": {"transport": "ipc", "ip": f"{tempfile.gettempdir()}/carma-{os.getpid()}"}})
+    return Config({"KernelManager": {"transport": "ipc", "ip": place}})
 
 
 def _failure(error: BaseException, notebook: Notebook, out_of_time: bool, cell_timeout: bool) -> tuple[str, str]:
@@ -237,7 +258,7 @@ def tidy_notebook(path: Path) -> None:
 
 
 def publish() -> list[Path]:
-    """Copy the executed notebooks of the finished default run into `notebooks/`, all or none.
+    """Copy the executed notebooks of the finished default run into `notebooks/`, once all of them are done.
 
     Raises `RunError` if a notebook is not done, or it or the library has changed since.
     """

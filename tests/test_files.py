@@ -3,6 +3,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 from safetensors import safe_open
 
+from carma_lib import files
 from carma_lib.files import (CHECKSUMS, PARTIAL, RunError, check_folder, code_fingerprint, fingerprint, locked,
                              parse_yaml, read_json, reading, remove_partial, user_path, whole_file, whole_folder,
                              write_checksums, write_json)
@@ -157,7 +159,7 @@ with locked(sys.argv[1]):
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["locks", "no locks"])
-def test_a_lock_has_one_holder_and_ends_with_its_process(tmp_path, soft, monkeypatch):
+def test_a_lock_has_one_holder_and_ends_with_its_process(tmp_path, soft, monkeypatch, capsys):
     path = tmp_path / "run" / "lock"
     script = HOLDER
     if soft:  # as NFS without its lock service answers
@@ -177,6 +179,12 @@ def test_a_lock_has_one_holder_and_ends_with_its_process(tmp_path, soft, monkeyp
         with pytest.raises(RunError), locked(path, wait=0.3):
             pass
         assert time.monotonic() - started >= 0.3
+        monkeypatch.setattr(files, "PATIENCE", 0.1)
+        threading.Timer(0.5, holder.kill).start()
+        threading.Timer(0.8, lambda: (tmp_path / "run" / "lock.soft").unlink(missing_ok=True)).start()
+        with locked(path, wait=-1):
+            told = capsys.readouterr().out
+        assert told.startswith("waiting for another process, which holds ") and ("delete that file" in told) == soft
     finally:
         holder.kill()
         holder.wait()

@@ -221,7 +221,7 @@ def made_trials(accuracies):
         plain = method == "fine_tuning"
         for seed, accuracy in zip((101, 102), found):
             for budget, measured in ((2, 1 - accuracy), (4, accuracy)):
-                lines.append(dict(task="t", start="base", method=method, seed=seed, measure="accuracy", split="validation", budget=budget,
+                lines.append(dict(cell=f"{method}-{value}-{seed}", task="t", start="base", method=method, seed=seed, measure="accuracy", split="validation", budget=budget,
                                   measured=measured, learning_rate=value if plain else 0.002, strength=np.nan if plain else value))
     return pd.DataFrame(lines)
 
@@ -243,6 +243,15 @@ def test_of_equal_trials_the_smaller_value_wins_and_tasks_end_at_steps_of_their_
     assert chosen(best_trials(pd.concat([equal, big])))[0] == {("t", "base"): 0.001, ("t", "big"): 0.001}
     other = equal.assign(split="test_seen", measured=1 - equal.measured)
     pd.testing.assert_frame_equal(best_trials(pd.concat([equal, other])), best_trials(equal))
+
+
+@pytest.mark.parametrize("change", [{}, {"budget": 5}, {"budget": 5, "learning_rate": 0.004}])
+def test_trials_of_two_plans_in_one_archive_are_refused(change):
+    """The same value with another batch size, or trainings of another length: they would be averaged, or one would win."""
+    trials = made_trials({("fine_tuning", 0.001): (0.5, 0.5), ("fine_tuning", 0.002): (0.6, 0.6)})
+    other = trials[trials.budget == 4].assign(cell=lambda rows: rows.cell + "-other", **change)
+    with pytest.raises(ValueError, match="trials of several plans: give each plan an archive of its own"):
+        best_trials(pd.concat([trials, other]))
 
 
 SETTINGS = dict(keep="last", schedule="constant", evaluations=1, test_at=(3,), test_splits=(), changed_splits=("test_seen",), adversary_rate=0.25,

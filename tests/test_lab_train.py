@@ -144,12 +144,9 @@ def test_the_best_and_the_last_checkpoint(folder, client):
         assert run([cell], folder, client, stage="trained") == {}
         history = curves(folder, [cell])
         assert sorted(history[history.validation_accuracy.notna()].step) == [2, 4, 6, 8], keep
-        found[keep] = (cell, history)
-    best, history = found["best"]
-    looks = history[history.validation_accuracy.notna()].set_index("step").validation_accuracy
-    assert read_json(cell_folder(folder, best) / "trained.json")["best_accuracy"] == looks.max()
-    assert found["last"][1].set_index("step").validation_accuracy.dropna().tolist() == looks.tolist()
-    short = cell_of(keep="last", steps=int(looks.idxmax()), evaluations=1, learning_rate=0.05, schedule="constant", warmup_steps=0)
+        found[keep] = history
+    best, last = (history.set_index("step").validation_accuracy.dropna().tolist() for history in found.values())
+    assert best == last
     whole = cell_of(keep="best", steps=8, evaluations=4, learning_rate=0.05, schedule="constant", warmup_steps=0)
     assert run([whole], folder, client, stage="trained") == {}
     best_step = curves(folder, [whole]).dropna(subset="validation_accuracy").set_index("step").validation_accuracy.idxmax()

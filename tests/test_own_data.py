@@ -77,6 +77,14 @@ def test_ids_and_splits_follow_rows_not_places(tmp_path):
     assert len(set(longer["test"]["text"]) & set(first["test"]["text"])) >= len(first["test"]) - 2
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_one_large_group_is_in_train(tmp_path, seed):
+    """As rows without a source have it: as validation or test it would leave next to nothing to learn from."""
+    path = write(tmp_path / "birds.csv", group=["none"] * 40 + [f"g{number}" for number in range(20)])
+    rows = build_task(str(path), tmp_path / "task", seed=seed)
+    assert {split: len(some) for split, some in rows.items()} == {"train": 48, "validation": 6, "test": 6}
+
+
 @pytest.mark.parametrize("sizes", [(0.8, 0.1, 0.1), [0.5, 0.2, 0.3], (0.98, 0.01, 0.01)])
 def test_groups_stay_together(tmp_path, sizes):
     groups = [f"g{number // 3}" for number in range(60)]

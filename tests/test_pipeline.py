@@ -38,7 +38,7 @@ def test_every_profile_makes_a_plan(profile, tmp_path, monkeypatch):
     Path("my.csv").write_text("text,target\n" + "".join(f"the number {each},word{each % 2}\n" for each in range(20)))
     plan = manifest.make_plan(profile, root=ROOT)
     assert profile != "own" or plan.parameters["02_finetune"]["tasks"] == [str(tmp_path / "my.csv")]  # notebooks run in the root
-    assert plan.notebooks and "will run" in manifest.describe(plan, resume=False)
+    assert plan.notebooks and "will run" in pipeline.describe(plan, resume=False)
 
 
 @pytest.mark.parametrize("path", committed(), ids=lambda path: path.stem)
@@ -138,6 +138,8 @@ def test_run_resume_and_publish(project, capsys):
     out = capsys.readouterr().out
     assert "01_first: done before, skipped" in out and "02_second: done in" in out
     (run / "made.txt").unlink()
+    assert main(["run", "--resume", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("will run") == 2, "what is lost, and what needs it"
     assert main(["run", "--resume"]) == 0
     assert "02_second: done in" in capsys.readouterr().out, "what is made from another file is made again with it"
 

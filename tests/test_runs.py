@@ -27,6 +27,7 @@ from carma_lib.lab.plan import read_sweep
 from carma_lib.lab.recipe import recipe_for
 from carma_lib.lab.run import _build
 from carma_lib.lab.worker import attempts, run_cell
+from carma_lib.synonyms.reader import WordNetNotFound
 from carma_lib.tasks import build_task, read_card
 
 
@@ -49,6 +50,38 @@ def test_a_setting_reaches_every_notebook_that_has_it(key, notebooks):
     plan, name = manifest.make_plan("default", root=ROOT, settings={key: "4"}), key.rpartition(".")[2]
     found = {notebook for notebook, values in plan.parameters.items() if 4 in (values.get(name), values.get("recipe", {}).get(name))}
     assert found == notebooks
+
+
+def test_settings_beside_a_recipe_that_is_none():
+    with pytest.raises(RunError, match="^02_finetune: 'recipe' takes settings by name"):
+        manifest.make_plan("ci", root=ROOT, settings={"02_finetune.recipe": "abc", "learning_rate": "0.1"})
+
+
+def test_rules_are_about_parameters_that_there_are():
+    known = {name for notebook in manifest.read_manifest(ROOT)[0] for name in manifest._declared_parameters(notebook)}
+    assert {*manifest._RULES} <= known
+
+
+def test_a_relative_path_of_data_counts_from_where_one_stands(tmp_path, monkeypatch):
+    """Even if the project has a file of the same name, which would be read without a word."""
+    for place, folder in enumerate((tmp_path / "root", tmp_path / "here")):
+        folder.mkdir()
+        (folder / "my.csv").write_text("text,target\n" + "".join(f"the number {each},word{each % 2 + place}\n" for each in range(20)))
+    monkeypatch.chdir(tmp_path / "here")
+    assert manifest._checked_file("my.csv", tmp_path / "root") == str(tmp_path / "here" / "my.csv")
+    monkeypatch.chdir(tmp_path / "root")
+    assert manifest._checked_file("my.csv", tmp_path / "root") == "my.csv"
+    monkeypatch.chdir(tmp_path)
+    assert manifest._checked_file("my.csv", tmp_path / "root") == "my.csv", "else in the project"
+
+
+def test_wordnet_is_missed_before_the_trainings(monkeypatch):
+    def absent():
+        raise WordNetNotFound
+    monkeypatch.setattr(manifest, "wordnet", absent)
+    manifest.make_plan("ci", root=ROOT)
+    with pytest.raises(RunError, match="^02_finetune: .*WordNet"):
+        manifest.make_plan("sst", root=ROOT)
 
 
 def test_a_sweep_may_leave_its_parts_empty(tmp_path):
@@ -97,7 +130,7 @@ def test_an_odd_status_file_stops_neither_resume_nor_fresh(project, text):
     (plan.run_dir / ".lock").touch()  # which packing leaves
     for resume in (True, False):
         notebooks.check_run_folder(plan, resume=resume, fresh=not resume)
-    assert "will run" in manifest.describe(plan, resume=True)
+    assert "will run" in notebooks.describe(plan, resume=True)
     with pytest.raises(RunError, match="already holds a run"):
         notebooks.check_run_folder(plan, resume=False, fresh=False)
     (plan.run_dir / "thesis.txt").write_text("years of work")

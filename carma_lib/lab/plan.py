@@ -20,6 +20,7 @@ from carma_lib.lab.cell import Cell
 from carma_lib.lab.recipe import EXAMPLES, Testing, _Strict, recipe_for
 from carma_lib.lab.study import Names, Numbers
 from carma_lib.tasks import TASKS, build_task, task_named, task_names
+from carma_lib.tasks.file import check_file, is_file_name
 from carma_lib.tasks.wordnet import SPLIT_KEYS
 
 DEFAULT_STEPS = 1000  # of a small model, if the file says nothing
@@ -90,6 +91,9 @@ def _checked(file: Path, text: Any) -> Sweep:
     given = _File(**{str(key): value for key, value in text.items() if value is not None})
     names = task_names(given.tasks)
     tasks = [names[task] for task in given.tasks]
+    for task in given.tasks:
+        if is_file_name(task):
+            check_file(task)
     if unknown := [task for task in given.data if task not in names]:
         raise ValueError(f"data names '{unknown[0]}', which is no task of the sweep; there are {', '.join(names)}")
     data = {}

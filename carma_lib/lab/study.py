@@ -183,9 +183,14 @@ def best_trials(measures: pd.DataFrame) -> pd.DataFrame:
     """A row a task, start and method: the trial with the best mean validation accuracy at the last step.
 
     measures: of `read_cells(…, trials=True)`. Columns learning_rate, strength, accuracy, trials (how many values), seeds.
-    Of equal ones the smaller value wins.
+    Of equal ones the smaller value wins. `ValueError` for trials of several plans: one value and seed trained twice, or
+    trainings of several lengths.
     """
     found = measures[(measures["measure"] == "accuracy") & (measures["split"] == "validation")]
+    trial = ["task", "start", "method", "learning_rate", "strength", "seed"]
+    each = found.groupby(trial, dropna=False).agg({"cell": "nunique", "budget": "max"})
+    if (each["cell"] > 1).any() or (each["budget"].groupby(["task", "start"]).nunique() > 1).any():
+        raise ValueError("the table holds trials of several plans: give each plan an archive of its own")
     found = found[found["budget"] == found.groupby(["task", "start"])["budget"].transform("max")]
     keys = ["task", "start", "method"]
     means = found.groupby([*keys, "learning_rate", "strength"], dropna=False)["measured"].agg(["mean", "count"]).reset_index()

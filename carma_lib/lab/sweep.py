@@ -87,8 +87,8 @@ def make_report(sweep: Sweep, failed: dict[Cell, str]) -> Path:
     """Tables, the picture of the claims and `report.html` from what is finished; the report's path."""
     folder = sweep.run_dir
     for name in ("primary_comparisons", "paper_table", "paper_table_readable", "failed_cells"):
-        (folder / "tables" / f"{name}.csv").unlink(missing_ok=True)
-    (folder / "figures" / "primary_comparisons.png").unlink(missing_ok=True)
+        for path in (*folder.glob(f"tables/{name}.*"), *folder.glob(f"figures/{name}.*")):
+            path.unlink()
     if failed:
         rows = [(cell.model, cell.task, cell.method, cell.seed, why) for cell, why in failed.items()]
         tables.save_table(pd.DataFrame(rows, columns=["model", "task", "method", "seed", "reason"]), folder / "tables", "failed_cells")

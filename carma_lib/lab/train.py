@@ -84,7 +84,7 @@ def _train(folder: Path, cell: Cell, own: Path, steps: int) -> Trained:
     trainer.train(resume_from_checkpoint=resumes)
     seconds = math.nan if resumes else round(time.monotonic() - started, 1)
     facts = {"mark": training_mark(folder, cell), "rules": TRAINING_RULES, "budget": steps, "training_seconds": seconds, "bf16": recipe.bf16,
-             "best_accuracy": trainer.state.best_metric, "measures": on_the_way.measures}
+             "measures": on_the_way.measures}
     history = _tidy(trainer.state.log_history, on_the_way.history)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if recipe.processes > 1 else None
     if trainer.is_world_process_zero():

@@ -125,7 +125,7 @@ def _test(folder: Path, cell: Cell, model: Trained, started: float) -> None:
             with whole_file(own / f"{name}.parquet") as temporary:
                 table.to_parquet(temporary, index=False, compression="zstd")
             files.append(f"{name}.parquet")
-    facts = {name: value for name, value in model.facts.items() if name in ("training_seconds", "bf16", "best_accuracy")}
+    facts = {name: value for name, value in model.facts.items() if name in ("training_seconds", "bf16")}
     write_facts(own / "tested.json", {**cell.facts(), "mark": testing_mark(folder, cell), "rules": RULES, "budget": budget, **facts,
                                       "seconds": round(time.monotonic() - started, 1), "sha256": checksums_of(own, files)})
 

@@ -1,6 +1,6 @@
 """One's own data as a task: a CSV, TSV, JSON lines or Parquet file of texts and their answers.
 
-Columns: `text` and `target`, and if one likes `split` (train, validation, test or a name that begins with "test"),
+Columns: `text` and `target`, and if one likes `split` (train, validation, test or "test_" and a name),
 `phrases` (character spans of the text, [[0, 7], [11, 20]]) and `group` (rows that a split keeps together). Other
 columns are left out. Without `split`, the groups are split by a seeded order of their names' hashes; without `group`,
 rows of one text are a group. Targets may have several tokens.
@@ -57,6 +57,11 @@ def content_of(path: Path | str) -> str:
     if not path.is_file():
         raise DataNotFound(f"{path}: there is no such file; give the path of your data, from {Path.cwd()} or whole")
     return sha256_of(path)
+
+
+def check_file(path: Path | str) -> None:
+    """Read the file and check every row. `DataNotFound` or `RunError` in one line."""
+    build_rows(file=str(path), name="own", content=content_of(path), seed=0, split_sizes=SPLIT_SIZES)
 
 
 def build_rows(*, file: str, name: str, content: str, seed: int, split_sizes: Sequence[float]) -> TaskRows:
@@ -280,14 +285,15 @@ def _made_splits(path: Path, rows: list[dict[str, Any]], seed: int,
                  sizes: Sequence[float]) -> dict[str, list[dict[str, Any]]]:
     """Whole groups in the order of a seeded hash fill test, then validation, up to their shares; train has the rest.
 
-    A row that is added later moves no other row's place in that order.
+    Groups larger than the share of validation or test come last, so that they are in train if others can fill these. A row that is added later moves no other row's place in that order, unless its group becomes as large.
     """
     groups = defaultdict(list)
     for row in rows:
         groups[row["group"] or _plain(row["text"])].append(row)
     if len(groups) < 3:
         raise RunError(f"{path} holds {len(groups)} groups of rows, and train, validation and test need one each: add rows")
-    order = sorted(groups, key=lambda group: hashlib.sha256(json.dumps([seed, group]).encode()).digest())
+    most = max(sizes[1:]) * len(rows)
+    order = sorted(groups, key=lambda group: (len(groups[group]) > most, hashlib.sha256(json.dumps([seed, group]).encode()).digest()))
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
     left = len(order)
     for group in order:
