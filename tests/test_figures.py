@@ -188,7 +188,7 @@ def test_points_and_bars_are_those_of_the_table(results):
     table = statistics.summarise(results, "accuracy").query("condition == 'clean' and split == 'test_longer'")
     seeds = statistics.per_seed(results, "accuracy").query("condition == 'clean' and split == 'test_longer'")
     axes = figures.accuracy_by_method(table, seeds).axes[0]
-    assert axes.get_title() == f"test longer\n(untuned: {100 * table['estimate'].iloc[0]:.1f} %)"
+    assert axes.get_title() == f"longer texts\n(untuned: {100 * table['estimate'].iloc[0]:.1f} %)"
     for place, line in enumerate(table[table["method"] != "untuned"].to_dict("records")):
         marker, caps, bars = axes.containers[place].lines
         assert to_hex(marker.get_color()) == style.METHOD_COLOURS[line["method"]]

@@ -16,7 +16,7 @@ def curves():
 
 def test_budgets_show_seeds_thin_and_their_mean_thick():
     figure = accuracy_by_budget(curves())
-    assert [axes.get_title() for axes in figure.axes] == ["test seen", "test longer"]
+    assert [axes.get_title() for axes in figure.axes] == ["seen combinations", "longer texts"]
     lines = [line for line in figure.axes[0].lines if line.get_color() == METHOD_COLOURS["carma"]]
     assert sorted(line.get_linewidth() for line in lines)[:2] == [0.6, 0.6]
     mean = max(lines, key=lambda line: line.get_linewidth())

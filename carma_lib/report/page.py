@@ -30,7 +30,7 @@ CLAIMS, PICTURE = Path("tables/primary_comparisons.csv"), Path("figures/primary_
 PICTURE_TEXT = ("The primary comparisons: estimates and 95 % intervals over seeds and items (the ratio's: over seeds). A filled mark: the two "
                 "methods differ, p below 0.05 after Holm's correction. A short black line: the margin of non-inferiority.")
 ROWS_SHOWN = 60
-_NEEDED = ("name", "kind", "metric", "method_estimate", "baseline_estimate", "estimate", "low", "high", "holm_p",
+_NEEDED = ("name", "kind", "metric", "method", "baseline", "method_estimate", "baseline_estimate", "estimate", "low", "high", "holm_p",
            "effect_size", "n_items", "n_seeds", "outcome", "verdict", "note")
 _AGAIN = "delete it and run its notebook again (--resume), then the report"
 _CODE = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]*`)", re.S)
@@ -77,7 +77,7 @@ def _claims(path: Path) -> pd.DataFrame:
     claims = _csv(path)
     if lacking := [name for name in _NEEDED if name not in claims]:
         raise ValueError(f"{path} is cut or no table of claims: it lacks {', '.join(lacking)}; {_AGAIN}")
-    texts = claims[["name", "kind", "metric", "outcome", "verdict"]]
+    texts = claims[["name", "kind", "metric", "method", "baseline", "outcome", "verdict"]]
     numbers = claims[[name for name in _NEEDED if name not in texts and name != "note"]]
     odd = texts.isna().any(axis=1) | ~claims["metric"].isin(METRICS) | ~claims["kind"].isin(KINDS)
     if claims.empty or odd.any() or not all(map(pd.api.types.is_numeric_dtype, numbers.dtypes)):

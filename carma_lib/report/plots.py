@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 
 from carma_lib.report.style import (METHOD_COLOURS, METHOD_MARKERS, PAGE, check_one, make_panels, method_order,
                                     name_lines, panels_of, save_figure, seed_lines, styled)  # noqa: F401
-from carma_lib.stats.table import METHOD_LABELS, select, task_label
+from carma_lib.stats.table import METHOD_LABELS, select, sides, task_label
 
 
 def _error_bar(axes: Axes, x, rows: pd.DataFrame, method: str, line: str = "none") -> None:
@@ -184,8 +184,7 @@ def forest_plot(comparisons: pd.DataFrame) -> Figure:
     height = 0.95 * len(parts) + 0.4 * len(known)
     figure, panels = plt.subplots(len(parts), 1, figsize=(PAGE, height), squeeze=False,
                                   height_ratios=[len(rows) + 0.5 for rows, _ in parts])
-    method, baseline = (METHOD_LABELS.get(names[0], names[0]) if len(names := known[column].unique()) == 1 else column
-                        for column in ("method", "baseline"))
+    method, baseline = sides(known)
     for axes, (rows, is_ratio) in zip(panels[:, 0], parts):
         _forest(axes, rows.iloc[::-1], 1.0 if is_ratio else 100.0)
         axes.axvline(1.0 if is_ratio else 0.0, color="black", linewidth=0.8, zorder=1)

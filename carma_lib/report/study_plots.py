@@ -39,14 +39,14 @@ def accuracy_by_budget(curves: pd.DataFrame, *, panel: str = "split") -> Figure:
 
 @styled
 def differences(table: pd.DataFrame, seeds: pd.DataFrame | None = None, *, rows: str, panel: str) -> Figure:
-    """Paired differences as horizontal intervals, a line each value of `rows`, a panel each of `panel`, on equal axes.
+    """Paired differences as horizontal intervals, a line each value of `rows`, a panel each of `panel`.
 
     `table` from `curves.paired_differences` (shares; drawn in percentage points), coloured by method;
     `seeds`: columns `rows`, `panel`, difference, drawn as dots below each interval.
     """
     method_order(table["method"])  # says which method has no colour
     lines = list(dict.fromkeys(table[rows]))
-    figure, panels = panels_of(table, panel, height=0.55 + 0.27 * len(lines), across=3, sharex=True)
+    figure, panels = panels_of(table, panel, height=0.55 + 0.27 * len(lines), across=3)
     for axes, here in panels:
         for found in here.dropna(subset="estimate").to_dict("records"):
             place, colour = len(lines) - 1 - lines.index(found[rows]), METHOD_COLOURS[found["method"]]
@@ -86,7 +86,7 @@ def measure_against_accuracy(runs: pd.DataFrame, *, measure: str, panel: str, la
 
     `runs`: columns method, `measure`, accuracy and `panel`.
     """
-    figure, panels = panels_of(runs, panel, sharex=True)
+    figure, panels = panels_of(runs, panel, sharey=False)
     for axes, here in panels:
         for method in method_order(runs["method"]):
             rows = here[here["method"] == method]

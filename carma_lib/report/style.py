@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from carma_lib.files import whole_file
-from carma_lib.stats.table import METHOD_LABELS
+from carma_lib.stats.table import METHOD_LABELS, SPLIT_LABELS
 
 COLUMN, PAGE = 3.3, 4.8
 #: The colour-blind palette, its lightest colours darkened so that they are legible as text on white.
@@ -73,17 +73,15 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return in_style
 
 
-def make_panels(names: Sequence[str], *, height: float = 1.9, across: int = 2, sharex: bool = False,
-                sharey: bool = True) -> tuple[Figure, list[Axes]]:
+def make_panels(names: Sequence[str], *, height: float = 1.9, across: int = 2, sharey: bool = True) -> tuple[Figure, list[Axes]]:
     """A figure of titled panels, a name each, at most `across` beside each other; a panel is `height` inches high."""
     across, down = min(across, len(names)), -(-len(names) // across)
     figure, axes = plt.subplots(down, across, figsize=(COLUMN if len(names) == 1 else PAGE, 0.35 + height * down),
-                                squeeze=False, sharex=sharex, sharey=sharey)
+                                squeeze=False, sharey=sharey)
     panels = list(axes.flat)
     for axes, name in zip(panels, names):
-        lines = str(name).replace("_", " ").split("\n")
+        lines = SPLIT_LABELS.get(name, str(name)).replace("_", " ").split("\n")
         axes.set_title("\n".join(fill(line, 25 if across < 3 else 16) for line in lines))
-        axes.tick_params(labelbottom=True)
     for axes in panels[len(names):]:
         axes.remove()
     return figure, panels[:len(names)]

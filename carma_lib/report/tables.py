@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from carma_lib.files import whole_file
-from carma_lib.stats.table import METHOD_LABELS, task_label
+from carma_lib.stats.table import METHOD_LABELS, sides, task_label
 from carma_lib.stats.metrics import RUN_COLUMNS, coefficient_of_variation, summarise
 
 _TASK_NAME = re.compile(r"(controlled|wordnet|own)_|sst\d$")
@@ -233,7 +233,7 @@ def claim_rows(comparisons: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
             _p(row["holm_p"]), "" if pd.isna(row["effect_size"]) else _signed(row["effect_size"], 2, ""),
             f"{row['n_items']:,}", str(row["n_seeds"]), f"{row['steps']:,}",
             row["verdict"] + (f" ({row['note']})" if row["note"] else "")])
-    return ["claim", "method", "baseline", "difference or ratio", "95 % interval", "p (Holm)", "effect size d_z",
+    return ["claim", *sides(comparisons), "difference or ratio", "95 % interval", "p (Holm)", "effect size d_z",
             "items", "seeds", "steps", "verdict"], rows
 
 

@@ -45,10 +45,18 @@ METHOD_LABELS = {
     "neftune": "NEFTune", "label_smoothing": "label smoothing",
     "synonym_augmentation": "synonym augmentation", "l2_sp": "L2-SP",
 }
+#: Splits of the controlled tasks as figures call them.
+SPLIT_LABELS = {"test_seen": "seen combinations", "test_held_out": "new combinations", "test_longer": "longer texts"}
 #: What identifies a row; two rows that agree in all of these are duplicates.
 _KEY = [name for name in RESULT_COLUMNS if name not in
         ("target", "changed", "prediction", "correct", "rank", "log_probability")]
 _TEXT = [name for name, (kind, _) in RESULT_COLUMNS.items() if kind == "category"]
+
+
+def sides(comparisons: pd.DataFrame) -> list[str]:
+    """How a table of claims calls what it compares: two methods by their labels, or "method" and "baseline" if there are more."""
+    return [METHOD_LABELS.get(names[0], names[0]) if len(names := comparisons[side].unique()) == 1 else side
+            for side in ("method", "baseline")]
 
 
 class ResultsError(ValueError):
