@@ -136,7 +136,8 @@ class Testing(_Strict):
     (between a word's tokens), "structure" (sums of parts and read-outs; tasks with held-out combinations),
     over the first `measured_items` seen test items, 0 for `test_items`. plain_texts: of what perplexity is measured,
     tasks (their validation texts) and "wordnet_examples" (text of no task); by default of the cell's own texts, or of
-    `tokenizer_tasks`. keep_model: keep the trained weights.
+    `tokenizer_tasks`; other data of another task do not make a tested cell another, so take a new folder for them.
+    keep_model: keep the trained weights.
     """
 
     test_splits: tuple[str, ...] = ()
