@@ -189,7 +189,7 @@ def forest_plot(comparisons: pd.DataFrame) -> Figure:
         _forest(axes, rows.iloc[::-1], 1.0 if is_ratio else 100.0)
         axes.axvline(1.0 if is_ratio else 0.0, color="black", linewidth=0.8, zorder=1)
         axes.grid(axis="x")
-        axes.set_xlabel(f"CV of {method} ÷ CV of {baseline} (below 1: steadier)" if is_ratio
+        axes.set_xlabel(f"CV of {method} ÷ CV of {baseline} (below 1: {method} is steadier)" if is_ratio
                         else f"{method} minus {baseline}, percentage points")
         if is_ratio:
             axes.set_xscale("log")
