@@ -149,7 +149,7 @@ def _command(options: argparse.Namespace) -> int:
             if not equals:
                 raise RunError(f"--set takes NAME=VALUE, not '{setting}'")
             settings[name] = value
-        plan = manifest.make_plan(options.profile, run_dir=options.run_dir, settings=settings)
+        plan = manifest.make_plan(options.profile, run_dir=options.run_dir, settings=settings, sources=not options.dry_run)
         if options.dry_run:
             notebooks.check_run_folder(plan, resume=options.resume, fresh=options.fresh)
             print(notebooks.describe(plan, resume=options.resume))

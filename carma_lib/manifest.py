@@ -112,10 +112,11 @@ def read_manifest(root: Path) -> tuple[list[Notebook], dict[str, dict[str, dict[
 
 
 def make_plan(profile: str, *, run_dir: Path | None = None, settings: dict[str, str] | None = None,
-              root: Path | None = None) -> Plan:
+              root: Path | None = None, sources: bool = True) -> Plan:
     """Check everything that can be checked before the first cell runs.
 
-    settings: `name` or `notebook.name` → literal, over the profile's own parameters.
+    settings: `name` or `notebook.name` → literal, over the profile's own parameters. sources: whether WordNet is asked for
+    if its synonyms are wanted, which may fetch it.
     Raises `RunError` for an unknown profile, notebook or parameter, and for a value of another type.
     """
     root = root or project_root()
@@ -142,6 +143,13 @@ def make_plan(profile: str, *, run_dir: Path | None = None, settings: dict[str, 
         if "recipe" in parameters:
             parameters["recipe"] = merged(known[name]["recipe"], parameters["recipe"])
     _check_values({name: {**known[name], **parameters} for name, parameters in chosen.items()})
+    tested = "03_evaluate" in known and chosen["03_evaluate"].get("rates", known["03_evaluate"]["rates"])
+    tasks = chosen.get("02_finetune", {}).get("tasks", known.get("02_finetune", {}).get("tasks", []))
+    if sources and tested and any(task_named(task).synonyms == "wordnet" for task in tasks):
+        try:
+            wordnet()  # else its absence would be told after the trainings
+        except WordNetNotFound as error:
+            raise RunError(str(error)) from error
     named = {name: [value for setting in _READ if (value := {**known[name], **parameters}.get(setting))]
              for name, parameters in chosen.items()}
     return Plan(profile, run_dir, tuple(notebooks), chosen, {
@@ -158,7 +166,10 @@ def _checked_file(task: Any, root: Path) -> Any:
     if not isinstance(task, str) or not own.is_file_name(task):
         return task
     path = next((path for folder in (Path.cwd(), root) if (path := folder / user_path(task)).is_file()), Path.cwd() / user_path(task))
-    own.check_file(path)
+    try:
+        own.check_file(path)
+    except own.DataNotFound as error:
+        raise RunError(str(error)) from error
     return task if path == root / user_path(task) else str(path)
 
 
@@ -238,7 +249,7 @@ def _check_values(parameters: dict[str, dict[str, Any]]) -> None:
             _check_cells(parameters[name], parameters.get("03_evaluate", {}))
             if name := "04_statistics" if "04_statistics" in parameters else "":
                 _check_comparison(parameters["02_finetune"]["methods"], parameters[name]["methods"], parameters[name]["baseline"])
-    except (ValueError, TypeError, OSError, WordNetNotFound) as error:
+    except (ValueError, TypeError, OSError) as error:
         if "hub cannot be reached" not in str(error):  # what depends on the model is then checked when it is loaded
             raise RunError(f"{name}: {' '.join(str(error).split())}") from error
 
@@ -276,8 +287,6 @@ def _check_cells(training: dict[str, Any], testing: dict[str, Any]) -> None:
     if training["methods"][0] == "untuned":  # notebook 2 takes the first one for the time of a training
         raise ValueError("methods begins with 'untuned', which is not trained: put it last")
     tests = {name: testing[name] for name in testing if name in Testing.model_fields} | testing.get("recipe", {})
-    if tests.get("rates") and any(task_named(task).synonyms == "wordnet" for task in training["tasks"]):
-        wordnet()  # else its absence would be told after the trainings
     for task in training["tasks"]:
         filled = recipe_for(task_named(task).kind, {"start": training["start"], "steps": training["steps"],
                                                     **training["recipe"], **tests}, seeds=tuple(training["seeds"]))

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -67,9 +68,10 @@ def check_method(method: str) -> str:
 
 
 def check_strength(method: str, strength: float) -> float:
-    """The strength itself. `ValueError` if the method takes none, or not this one."""
+    """The strength as a float. `ValueError` if the method takes none, or not this one."""
     most = 1 if METHODS[method].strength in ("carma_weight", "smoothing", "rate") else math.inf
-    if METHODS[method].strength is None or type(strength) not in (int, float) or not 0 < strength <= most or strength == math.inf:
+    if (METHODS[method].strength is None or isinstance(strength, bool) or not isinstance(strength, Real)
+            or not 0 < strength <= most or strength == math.inf):
         raise ValueError(f"strength of {method} must be a number above 0{' and at most 1' if most == 1 else ''}, "
                          f"and fine_tuning has none; not {strength!r}")
     return float(strength)
@@ -90,7 +92,7 @@ def make_trainer(method: str, model: nn.Module, arguments: TrainingArguments, *,
     if strength is None:
         strength = METHODS[method].default
     else:
-        check_strength(method, strength)
+        strength = check_strength(method, strength)
     arguments = copy.copy(arguments)
     settings: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset,
                                 "data_collator": data_collator, "callbacks": callbacks}

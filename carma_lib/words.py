@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
 
-# Inside a word, between two letters: apostrophes, hyphens, the middle dot of Catalan, Hebrew geresh and gershayim,
-# and what is not seen (soft hyphen, the joiner and non-joiner of Persian and Indic scripts). In a number: . and ,
-_JOINERS = "'’ʼ＇‐‑\\-·׳״\u00ad\u200c\u200d"
+# Inside a word, between two letters: apostrophes, hyphens, the middle dot of Catalan, Hebrew geresh and gershayim, the
+# soft hyphen, and the non-joiner and joiner of Persian and Indic scripts, which marks may follow. In a number: . and ,
+_JOINERS, _UNSEEN = "'’ʼ＇‐‑\\-·׳״\u00ad", "\u200c\u200d"
 _LETTERS = r"(?:[\p{L}\p{N}]\p{M}*)+"  # a mark after anything else, as in an emoji, is of no word
-_WORD = regex.compile(rf"{_LETTERS}(?:(?:[{_JOINERS}]\p{{M}}*|(?<=\p{{N}})[.,٫٬](?=\p{{N}})){_LETTERS})*")
+_WORD = regex.compile(rf"{_LETTERS}(?:(?:[{_JOINERS}]|[{_UNSEEN}]\p{{M}}*|(?<=\p{{N}})[.,٫٬](?=\p{{N}})){_LETTERS})*")
 _NOUN_PHRASE = regex.compile(r"D?(?:R?A)*N+")
 
 
@@ -123,9 +123,10 @@ class WordTable:
                 apart[:, 1:] |= marks[:, 1:] != marks[:, :-1]
         # A token of continued bytes alone is what the last token with a first byte is.
         position = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
-        last = last.gather(1, position.where(last != _CONTINUED, 0).cummax(1).values)
+        known_last = last.gather(1, position.where(last != _CONTINUED, 0).cummax(1).values)
+        last = known_last.where((last != _CONTINUED) | (known_last != _DIGIT), _LETTER)  # no point goes on after a digit's mark
         before = F.pad(last[:, :-1], (1, 0), value=_OTHER).masked_fill(apart, _OTHER)
-        first = first.where(first != _CONTINUED, before.where(before != _JOINER, _LETTER))
+        first = first.where(first != _CONTINUED, before.where(before != _LINK, _LETTER))
         after = F.pad(first[:, 1:], (0, 1), value=_OTHER).masked_fill(F.pad(apart[:, 1:], (0, 1), value=True), _OTHER)
         member = whole.bool() & _joins(first, before) & _joins(last, after)
         if attention_mask is not None:
@@ -159,13 +160,13 @@ def document_ids(position_ids: Tensor | None = None, attention_mask: Tensor | No
 
 
 # What a token's first and last characters are; joiners and points are of a word only between two letters or digits.
-_OTHER, _LETTER, _DIGIT, _JOINER, _POINT, _CONTINUED = range(6)
+_OTHER, _LETTER, _DIGIT, _JOINER, _LINK, _POINT, _CONTINUED = range(7)
 
 
 def _joins(edge: Tensor, neighbour: Tensor) -> Tensor:
     """Whether an edge of a token lies within a word, by the character next to it."""
     letter = (neighbour == _LETTER) | (neighbour == _DIGIT)
-    return ((edge == _LETTER) | (edge == _DIGIT) | (edge == _JOINER) & letter
+    return ((edge == _LETTER) | (edge == _DIGIT) | ((edge == _JOINER) | (edge == _LINK)) & letter
             | (edge == _POINT) & (neighbour == _DIGIT))
 
 
@@ -180,8 +181,10 @@ def _looks(spelling: bytes) -> tuple[int, int, bool, bool, bool]:
     if not core:
         return _OTHER, _OTHER, False, True, True
     # One word once a letter or digit stands on either side of it, if an edge is a joiner or a point.
-    first, last = _kind_of(core[0]), _kind_of(regex.sub(r"(?<=.)\p{M}+$", "", core)[-1])
-    around = {_JOINER: "x", _POINT: "0"}
+    bare = regex.sub(r"(?<=.)\p{M}+$", "", core)
+    first, last = _kind_of(core[0]), _kind_of(bare[-1])
+    last = _LETTER if last == _DIGIT and bare != core else last
+    around = {_JOINER: "x", _LINK: "x", _POINT: "0"}
     whole = word_spans(around.get(first, "") + core + around.get(last, ""))
     whole = len(whole) == 1 and whole[0][1] == len(core) + (first in around) + (last in around)
     if continued:
@@ -215,7 +218,8 @@ def _kind_of(character: str) -> int:
         return _DIGIT
     if regex.match(r"\p{L}", character):
         return _LETTER
-    return _JOINER if regex.match(f"[{_JOINERS}]", character) else _POINT if character in ".,٫٬" else _OTHER
+    return (_JOINER if regex.match(f"[{_JOINERS}]", character) else _LINK if character in _UNSEEN else
+            _POINT if character in ".,٫٬" else _OTHER)
 
 
 def _decoded(spelling: bytes) -> str:

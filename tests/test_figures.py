@@ -6,7 +6,7 @@ import pytest
 from figure_checks import assert_no_overlaps, overlaps
 from made_results import made_history, made_results
 from matplotlib.colors import to_hex
-from matplotlib.markers import CARETUPBASE
+from matplotlib.collections import LineCollection
 
 from carma_lib.report import plots as figures
 from carma_lib.report import study_plots, style
@@ -151,8 +151,9 @@ def test_a_long_name_does_not_hide_the_outcome():
 def test_an_interval_without_an_end_is_drawn_as_an_arrow():
     estimates = pd.DataFrame({"split": "test", "method": ["carma", "fine_tuning"], "estimate": [0.4, 0.1], "low": [0.2, 0.06], "high": [np.inf, 0.3]})
     axes = figures.by_method(estimates, label="CV").axes[0]
-    arrows = [line for line in axes.lines if line.get_marker() == CARETUPBASE]
-    assert [line.get_ydata()[0] for line in arrows] == [0.8] and len(axes.collections) == 2
+    bars = [segment[:, 1].tolist() for bar in axes.collections if isinstance(bar, LineCollection) for segment in bar.get_segments()]
+    assert sorted(bars) == [[0.06, 0.3], [0.2, 0.4]], "the lower end is there"
+    assert [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "^"] == [[0.4, 0.8]]
 
 
 def test_the_check_of_overlaps_finds_each_kind():

@@ -83,6 +83,9 @@ def test_one_large_group_is_in_train(tmp_path, seed):
     path = write(tmp_path / "birds.csv", group=["none"] * 40 + [f"g{number}" for number in range(20)])
     rows = build_task(str(path), tmp_path / "task", seed=seed)
     assert {split: len(some) for split, some in rows.items()} == {"train": 48, "validation": 6, "test": 6}
+    path = write(tmp_path / "two.csv", group=["none"] * 34 + ["other"] * 23 + [f"g{number}" for number in range(3)])
+    rows = build_task(str(path), tmp_path / "two", seed=seed)
+    assert {split: len(some) for split, some in rows.items()} == {"train": 57, "validation": 1, "test": 2}
 
 
 @pytest.mark.parametrize("sizes", [(0.8, 0.1, 0.1), [0.5, 0.2, 0.3], (0.98, 0.01, 0.01)])

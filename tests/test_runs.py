@@ -80,7 +80,8 @@ def test_wordnet_is_missed_before_the_trainings(monkeypatch):
         raise WordNetNotFound
     monkeypatch.setattr(manifest, "wordnet", absent)
     manifest.make_plan("ci", root=ROOT)
-    with pytest.raises(RunError, match="^02_finetune: .*WordNet"):
+    manifest.make_plan("sst", root=ROOT, sources=False)
+    with pytest.raises(RunError, match="^WordNet not found: run"):
         manifest.make_plan("sst", root=ROOT)
 
 

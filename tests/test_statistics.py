@@ -712,7 +712,7 @@ def test_a_margin_where_no_answer_differs(items):
     assert right.p == pytest.approx(min(1, 2 * 0.98**items))
     assert (right.outcome == "shown") == (right.low > -0.02) == (items == 250)
     wrong = primary_comparisons(frame.assign(correct=False), [claim]).iloc[0]
-    assert wrong.outcome == "not tested" and "neither method has a right answer" in wrong.note
+    assert wrong.outcome == "not tested" and "no answer differs, and none is right" in wrong.note
 
 
 # -- few items, several models, margins ------------------------------------------------------------------
@@ -768,6 +768,10 @@ def test_a_seed_of_one_method_alone_takes_no_items_away(results):
     cut = primary_comparisons(results[(results["seed"] != 4) | (results["method"] == "carma") & ~few], PLAN[:1]).iloc[0]
     assert cut["note"] == "seeds 4 of carma left out: not in both methods"
     assert (cut["n_items"], cut["low"], cut["high"]) == (whole["n_items"], whole["low"], whole["high"])
+    other = results["seed"].ne(4) | results["method"].eq("carma")
+    elsewhere = results[other].assign(item_id=results["item_id"].astype(str).where(results["seed"] != 4, "other-" + results["item_id"].astype(str)))
+    away = primary_comparisons(elsewhere, PLAN[:1]).iloc[0]
+    assert (away["n_items"], away["low"], away["high"]) == (whole["n_items"], whole["low"], whole["high"])
 
 
 def test_an_adversary_beside_drawn_synonyms_stays_out_of_the_synonyms_claim():

@@ -121,6 +121,7 @@ HARD = (
     " it 's n't -- a - b, 'tis the dogs' 1,a .5 -5 x-", unicodedata.normalize("NFD", "naïve café"), "a\tb\n\nc  d",
     "你好世界，今天 天气。 日本語のテキスト。 हिन्दी में लिखा है 🙂 ok привет-мир كِتَابٌ שָׁלוֹם น้ำ", "x²=½ €5.30 50% A/B co\u00adoperate",
     "I ❤️ you, ❤️love it™️ 1️⃣ ☺️☺️s র\u200d্যাব क्\u200dष",
+    "'\u0301ا ষ'\u0301 1️⃣,2️⃣ 3️⃣.5 a-\u0301b don't\u0301",
 )
 
 

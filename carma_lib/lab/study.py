@@ -83,6 +83,10 @@ class Study(_Strict):
             raise ValueError("settings need 'keep: last': every tested step is the model of that step")
         if len({len(values) for values in self.trials.strengths.values()}) != 1:
             raise ValueError("every method needs the same number of trials")
+        of = [self.start_of(start) for start in self._tried]
+        if alike := [start for start in of if of.count(start) > 1]:
+            raise ValueError(f"trials choose a learning rate for {of.count(alike[0])} starts that all begin from '{alike[0]}': give the "
+                             "blocks of all but one a learning_rate")
 
     @cached_property
     def first_start(self) -> str:
@@ -105,12 +109,16 @@ class Study(_Strict):
         recipe = self.recipe(task, self.first_start, learning_rate=1e-3)
         return (*recipe.test_at, recipe.steps)
 
+    @property
+    def _tried(self) -> list[str]:
+        """The starts for which a block takes the trials' learning rate."""
+        return [start for start in self.starts if any(
+            start in block.starts and block.learning_rate is None for block in self.blocks.values())]
+
     def learning_rate_trials(self) -> list[Cell]:
         """Plain fine-tuning at each learning rate, for each task and start that a block takes the choice for."""
-        chosen = [start for start in self.starts if any(
-            start in block.starts and block.learning_rate is None for block in self.blocks.values())]
         return [Cell(task, "fine_tuning", seed, self.recipe(task, start, learning_rate=rate), trial=True)
-                for task, start, rate, seed in product(self.tasks, chosen, self.trials.strengths["fine_tuning"], self.trials.seeds)]
+                for task, start, rate, seed in product(self.tasks, self._tried, self.trials.strengths["fine_tuning"], self.trials.seeds)]
 
     def strength_trials(self, rates: Mapping[tuple[str, str], float]) -> list[Cell]:
         """Each other method at each strength, from the first start. rates: (task, start) → learning rate."""

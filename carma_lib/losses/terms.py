@@ -1,6 +1,6 @@
 """How the two terms are computed: who meets whom, the draw of negatives, and both gradients.
 
-Time and memory grow with the number of tokens and of pairs: a word of n tokens has n (n − 1) / 2. Only the pairs and the drawn negatives are gathered, in chunks,
+Memory grows with the number of tokens, time with that of tokens and pairs: a word of n tokens has n (n − 1) / 2. Only the pairs and the drawn negatives are gathered, in chunks,
 and the backward pass reads the given hidden states again instead of keeping anything of their size. The formulas
 are those of `carma_lib.losses`. Shapes: B rows, T tokens, N = B · T tokens of the flattened batch, D width.
 """

@@ -21,9 +21,11 @@ from carma_lib.stats.table import METHOD_LABELS, select, sides, task_label
 
 def _error_bar(axes: Axes, x, rows: pd.DataFrame, method: str, line: str = "none") -> None:
     spread = np.abs(rows[["low", "high"]].to_numpy(float).T - rows["estimate"].to_numpy(float))
-    endless = np.isinf(spread[1])  # an arrow upwards
-    spread[1, endless] = rows["estimate"].to_numpy(float)[endless]
-    axes.errorbar(x, rows["estimate"], yerr=spread, lolims=endless, linestyle=line, color=METHOD_COLOURS[method],
+    endless = np.isinf(spread[1])
+    spread[1, endless] = 0
+    for place, value in zip(np.asarray(x)[endless], rows["estimate"].to_numpy(float)[endless]):  # an arrow upwards
+        axes.plot([place, place], [value, 2 * value], color=METHOD_COLOURS[method], linewidth=1, marker="^", markersize=4, markevery=[1])
+    axes.errorbar(x, rows["estimate"], yerr=spread, linestyle=line, color=METHOD_COLOURS[method],
                   marker=METHOD_MARKERS[method], label=METHOD_LABELS[method], markersize=4.5, capsize=2,
                   elinewidth=1, zorder=3)
 
@@ -189,8 +191,8 @@ def forest_plot(comparisons: pd.DataFrame) -> Figure:
         _forest(axes, rows.iloc[::-1], 1.0 if is_ratio else 100.0)
         axes.axvline(1.0 if is_ratio else 0.0, color="black", linewidth=0.8, zorder=1)
         axes.grid(axis="x")
-        axes.set_xlabel(f"CV of {method} ÷ CV of {baseline} (below 1: {method} is steadier)" if is_ratio
-                        else f"{method} minus {baseline}, percentage points")
+        axes.set_xlabel(fill(f"CV of {method} ÷ CV of {baseline} (below 1: {method} is steadier)" if is_ratio
+                             else f"{method} minus {baseline}, percentage points", 66))
         if is_ratio:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:g}")

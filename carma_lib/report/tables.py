@@ -137,7 +137,7 @@ def save_table(table: pd.DataFrame, folder: str | os.PathLike, name: str, *, cap
 
 def _four_digits(value: Any) -> Any:
     """A number with four significant digits, as 3e-05; one of 1,000 or more whole. Anything else as it is."""
-    return value if not isinstance(value, float) else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return value if not isinstance(value, float) else f"{value:.0f}" if abs(value) >= 1000 else f"{value + 0.0:.4g}"
 
 
 def disagreements(results: pd.DataFrame, method: str, baseline: str, *, rows: int = 10) -> pd.DataFrame:

@@ -5,6 +5,7 @@ Methods are compared in pairs: on the same items, and on the same seeds (which f
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 from itertools import product
 from typing import Iterable, NamedTuple
 
@@ -44,6 +45,22 @@ def find_crossed(results: pd.DataFrame, metric: str, method: str, where: dict) -
     cell fits or none of its items counts, ValueError if several cells fit or no row at all has the task, split, model
     or start asked for.
     """
+    run, asked = _asked(results, metric, method, where)
+    if METRICS[metric].against_clean:
+        asked |= (run["condition"] == "clean").to_numpy()
+    found = list(cells(run[asked], metric))
+    if len(found) > 1:
+        keys = pd.DataFrame([key for key, _ in found])
+        several = [name for name in FILTER_COLUMNS if keys[name].nunique(dropna=False) > 1]
+        raise ValueError(f"{metric} of {method}: the table holds several {several}; name the one to compare")
+    cell = found[0][1]
+    if not cell.seeds.size or not cell.items.size:
+        raise NotComparable(f"{method}: {'; '.join(cell.notes)}")
+    return cell
+
+
+def _asked(results: pd.DataFrame, metric: str, method: str, where: dict) -> tuple[pd.DataFrame, np.ndarray]:
+    """A method's rows, and which of them the metric and the filters ask for; errors as in `find_crossed`."""
     if unknown := [name for name in where if name not in FILTER_COLUMNS]:
         raise ValueError(f"unknown filters {unknown}; known are {FILTER_COLUMNS}")
     if metric not in METRICS:
@@ -60,17 +77,7 @@ def find_crossed(results: pd.DataFrame, metric: str, method: str, where: dict) -
     if not changed.any():
         filters = ", ".join(f"{name} {value}" for name, value in asked.items())
         raise NotComparable(f"no rows of {method} for {metric}" + f" with {filters}" * bool(filters))
-    if METRICS[metric].against_clean:
-        changed |= (run["condition"] == "clean").to_numpy()
-    found = list(cells(run[changed], metric))
-    if len(found) > 1:
-        keys = pd.DataFrame([key for key, _ in found])
-        several = [name for name in FILTER_COLUMNS if keys[name].nunique(dropna=False) > 1]
-        raise ValueError(f"{metric} of {method}: the table holds several {several}; name the one to compare")
-    cell = found[0][1]
-    if not cell.seeds.size or not cell.items.size:
-        raise NotComparable(f"{method}: {'; '.join(cell.notes)}")
-    return cell
+    return run, changed
 
 
 def pair(results: pd.DataFrame, metric: str, method: str, baseline: str,
@@ -79,23 +86,28 @@ def pair(results: pd.DataFrame, metric: str, method: str, baseline: str,
 
     The one run of an untuned model stands beside every seed of the other method.
     """
+    seeds_of = {name: np.unique(run.loc[asked, "seed"]) for name in (method, baseline)
+                for run, asked in [_asked(results, metric, name, where)]}
+    trained = {name: seeds for name, seeds in seeds_of.items() if name != "untuned" or len(seeds) > 1}
+    seeds = reduce(np.intersect1d, trained.values())
+    notes = [f"seeds {', '.join(map(str, alone))} of {name} left out: not in both methods" for name, has in trained.items()
+             if len(alone := np.setdiff1d(has, seeds))]
+    if notes:  # what those seeds answered must not decide which items count
+        results = results[results["seed"].isin(seeds) | ~results["method"].isin([*trained])]
+    if not len(seeds):
+        raise NotComparable(f"{method} and {baseline} share no seeds")
     found = {name: find_crossed(results, metric, name, where) for name in (method, baseline)}
+    notes += [note for cell in found.values() for note in cell.notes]
     for name, other in ((method, found[baseline]), (baseline, found[method])):
         if name == "untuned" and len(found[name].seeds) == 1:
             cell, every = found[name], np.zeros(len(other.seeds), int)
             found[name] = replace(cell, seeds=other.seeds, numerator=cell.numerator[every], denominator=cell.denominator[every])
-    seeds, notes = np.intersect1d(found[method].seeds, found[baseline].seeds), []
-    if not len(seeds):
-        raise NotComparable(f"{method} and {baseline} share no seeds")
+    seeds, items = (np.intersect1d(getattr(found[method], name), getattr(found[baseline], name)) for name in ("seeds", "items"))
+    if not len(seeds) or not len(items):
+        raise NotComparable(f"{method} and {baseline} share no {'items' if len(seeds) else 'seeds'}")
     for name, cell in found.items():
         if len(alone := np.setdiff1d(cell.seeds, seeds)):
             notes.append(f"seeds {', '.join(map(str, alone))} of {name} left out: not in both methods")
-            found[name] = find_crossed(results[results["seed"].isin(seeds)], metric, name, where)  # whose items count without those
-    notes += [note for cell in found.values() for note in cell.notes]
-    items = np.intersect1d(found[method].items, found[baseline].items)
-    if not len(items):
-        raise NotComparable(f"{method} and {baseline} share no items")
-    for name, cell in found.items():
         if len(cell.items) > len(items):
             notes.append(f"{len(cell.items) - len(items)} items of {name} left out: not in both methods")
         rows, columns = np.isin(cell.seeds, seeds), pd.Index(cell.items).get_indexer(items)
@@ -126,9 +138,9 @@ def paired_test(first: Crossed, second: Crossed, *, margin: float | None = None)
     if len(values) < FEWEST_SEEDS:
         p = np.nan
     elif constant and abs(found.estimate) < 1e-12:
-        p = 1.0 if margin is None else min(1.0, 2 * (1 - margin) ** counted) if shares else np.nan
-        if margin is not None and not first.numerator.any():
-            p, note = np.nan, "neither method has a right answer: no test"
+        p = 1.0 if margin is None else min(1.0, 2 * (1 - margin) ** counted)
+        if margin is not None and not (shares and first.numerator.any()):
+            p, note = np.nan, "no answer differs, and none is right: no test" if shares else "no answer differs between the two: no test"
     elif constant and not shares:
         p, note = np.nan, "all items differ by the same: no spread to test by"
     elif constant:

@@ -285,7 +285,8 @@ def _made_splits(path: Path, rows: list[dict[str, Any]], seed: int,
                  sizes: Sequence[float]) -> dict[str, list[dict[str, Any]]]:
     """Whole groups in the order of a seeded hash fill test, then validation, up to their shares; train has the rest.
 
-    Groups larger than the share of validation or test come last, so that they are in train if others can fill these. A row that is added later moves no other row's place in that order, unless its group becomes as large.
+    Groups larger than the share of validation or test come last, and the last of the others is left for validation, so that
+    they are in train. A row that is added later moves no other row's place in that order, unless its group becomes as large.
     """
     groups = defaultdict(list)
     for row in rows:
@@ -295,11 +296,12 @@ def _made_splits(path: Path, rows: list[dict[str, Any]], seed: int,
     most = max(sizes[1:]) * len(rows)
     order = sorted(groups, key=lambda group: (len(groups[group]) > most, hashlib.sha256(json.dumps([seed, group]).encode()).digest()))
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
-    left = len(order)
-    for group in order:
+    left, last_small = len(order), sum(len(some) <= most for some in groups.values()) - 1
+    for place, group in enumerate(order):
         for split, size in (("test", sizes[2]), ("validation", sizes[1]), ("train", 1.0)):
             later = {"test": 2, "validation": 1, "train": 0}[split]  # groups that must be left for what follows
-            if not splits[split] or len(splits[split]) + len(groups[group]) / 2 <= size * len(rows) and left > later:
+            spare = left > later and not (split == "test" and place == last_small and not splits["validation"])
+            if not splits[split] or len(splits[split]) + len(groups[group]) / 2 <= size * len(rows) and spare:
                 splits[split] += groups[group]
                 break
         left -= 1
