@@ -142,19 +142,17 @@ def make_plan(profile: str, *, run_dir: Path | None = None, settings: dict[str, 
         _check_types(name, parameters, known[name])
         if "recipe" in parameters:
             parameters["recipe"] = merged(known[name]["recipe"], parameters["recipe"])
-    _check_values({name: {**known[name], **parameters} for name, parameters in chosen.items()})
-    tested = "03_evaluate" in known and chosen["03_evaluate"].get("rates", known["03_evaluate"]["rates"])
-    tasks = chosen.get("02_finetune", {}).get("tasks", known.get("02_finetune", {}).get("tasks", []))
-    if sources and tested and any(task_named(task).synonyms == "wordnet" for task in tasks):
+    values = {name: {**known[name], **parameters} for name, parameters in chosen.items()}
+    _check_values(values)
+    replaced = values.get("02_finetune", {}).get("tasks", []) if values.get("03_evaluate", {}).get("rates") else []
+    if sources and any(task_named(task).synonyms == "wordnet" for task in replaced):
         try:
             wordnet()  # else its absence would be told after the trainings
         except WordNetNotFound as error:
             raise RunError(str(error)) from error
-    named = {name: [value for setting in _READ if (value := {**known[name], **parameters}.get(setting))]
-             for name, parameters in chosen.items()}
     return Plan(profile, run_dir, tuple(notebooks), chosen, {
-        name: [root / user_path(each) for value in values for each in (value if isinstance(value, list) else [value])]
-        for name, values in named.items()})
+        name: [root / user_path(each) for setting in _READ if (value := of.get(setting))
+               for each in (value if isinstance(value, list) else [value])] for name, of in values.items()})
 
 
 def _checked_file(task: Any, root: Path) -> Any:
