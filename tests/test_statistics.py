@@ -359,8 +359,10 @@ def test_holm_against_statsmodels():
 
 def test_power_against_statsmodels():
     for seeds in (3, 10, 40):
-        expected = TTestPower().power(0.02 / 0.03, seeds, 0.05)
-        assert inference.power(0.02, seeds, 0.03) == pytest.approx(expected, abs=1e-6)
+        for level in (0.05, 0.05 / 12):
+            expected = TTestPower().power(0.02 / 0.03, seeds, level)
+            assert inference.power(0.02, seeds, 0.03, level=level) == pytest.approx(expected, abs=1e-6)
+        assert inference.power(0.02, seeds, 0.03) > inference.power(0.02, seeds, 0.03, level=0.01)
     needed = int(np.ceil(TTestPower().solve_power(0.02 / 0.03, alpha=0.05, power=0.8)))
     assert inference.power(0.02, needed - 1, 0.03) < 0.8 <= inference.power(0.02, needed, 0.03)
     assert inference.power(0.02, 1000, 0.03, item_error=0.02) < 0.8

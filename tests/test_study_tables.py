@@ -151,6 +151,10 @@ def test_a_study_that_is_not_whole_says_what_is_not_measured():
     found = comparisons_so_far(made_results(seeds=4), plan)
     assert list(found.verdict[2:]) == ["not yet measured"] * 2 and not found.verdict[:2].isin(["not yet measured"]).any()
     pd.testing.assert_series_equal(found.estimate[:2], primary_comparisons(made_results(seeds=4), plan[:2]).estimate)
+    rising = pd.DataFrame([{"task": "made_task", "method": method, "start": "random", "seed": seed, "step": step, "validation_accuracy": 0.1 + step / 1000
+                            + seed * step / 1e5} for method in ("fine_tuning", "carma") for seed in range(1, 5) for step in (20, 40, 80)])
+    curved = comparisons_so_far(made_results(seeds=4).assign(budget=80), plan, curves=rising)
+    assert set(curved.curve[:2]) == {"still rises"} and set(curved.curve[2:]) == {""}
     for few in (made_results(seeds=2), made_results(seeds=1)):
         assert set(comparisons_so_far(few, plan).outcome) == {"not tested"}
     for method in ("fine_tuning", "carma"):

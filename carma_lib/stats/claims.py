@@ -168,7 +168,7 @@ def _judged(lines: list[dict]) -> pd.DataFrame:
     return table[[*first, *(name for name in table if name not in first)]]
 
 
-def comparisons_so_far(results: pd.DataFrame | None, plan: list[dict]) -> pd.DataFrame:
+def comparisons_so_far(results: pd.DataFrame | None, plan: list[dict], *, curves: pd.DataFrame | None = None) -> pd.DataFrame:
     """`primary_comparisons` of a study that is not whole yet; results: None if nothing is answered.
 
     A claim for which one of its methods has no answer yet comes last, with the outcome 'not tested' and the verdict
@@ -179,7 +179,7 @@ def comparisons_so_far(results: pd.DataFrame | None, plan: list[dict]) -> pd.Dat
         name: value for name, value in _filters(claim).items() if (claim[side], name) != ("untuned", "budget")}))
         for side in ("method", "baseline"))]
     missing = [claim for claim in plan if claim not in ready]
-    table = _judged([*(_compare(results, claim, None) for claim in ready), *map(_empty_line, missing)])
+    table = _judged([*(_compare(results, claim, curves) for claim in ready), *map(_empty_line, missing)])
     table.loc[len(ready):, "verdict"] = "not yet measured"
     return table
 
@@ -261,16 +261,17 @@ def _verdict(row: dict) -> str:
     return f"{method} is {'better' if good else 'worse'} than {baseline}"
 
 
-def power_table(comparisons: pd.DataFrame, *, difference: float = 0.02) -> pd.DataFrame:
-    """Power to find a true difference (in shares) at 5 % by 2 to 30 seeds: columns name, n_seeds, power.
+def power_table(comparisons: pd.DataFrame, *, difference: float = 0.02, level: float = 0.05) -> pd.DataFrame:
+    """Power to find a true difference (in shares) at `level` by 2 to 30 seeds: columns name, n_seeds, power.
 
     For each claim but CV ratios, from the spread that the comparisons found: `seed_deviation`, and the rest
-    of `standard_error` as the items' part. Uncorrected: one claim alone. Non-inferiority is asked against its margin: there
+    of `standard_error` as the items' part. One claim alone; the first step of Holm's correction over n claims has
+    the level 0.05 / n. Non-inferiority is asked against its margin: there
     `difference` counts from the margin, so that of the margin's own size is the power if the methods are equal.
     """
     lines = []
     for row in comparisons[(comparisons["kind"] != "cv ratio") & (comparisons["seed_deviation"] > 1e-12)].to_dict("records"):
         items = max(row["standard_error"] ** 2 - row["seed_deviation"] ** 2 / row["n_seeds"], 0.0) ** 0.5
         lines += [{"name": row["name"], "n_seeds": seeds, "power": power(
-            difference, seeds, row["seed_deviation"], item_error=items, items=row["n_items"])} for seeds in range(2, 31)]
+            difference, seeds, row["seed_deviation"], item_error=items, items=row["n_items"], level=level)} for seeds in range(2, 31)]
     return pd.DataFrame(lines, columns=["name", "n_seeds", "power"])

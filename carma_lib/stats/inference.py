@@ -206,8 +206,9 @@ def holm(p: Iterable[float]) -> np.ndarray:
     return adjusted
 
 
-def power(difference: float, seeds: int, seed_deviation: float, *, item_error: float = 0.0, items: int = 1000) -> float:
-    """Chance that the two-sided paired test at 5 % finds a true `difference` with this many seeds.
+def power(difference: float, seeds: int, seed_deviation: float, *, item_error: float = 0.0, items: int = 1000,
+          level: float = 0.05) -> float:
+    """Chance that the two-sided paired test at `level` finds a true `difference` with this many seeds.
 
     `seed_deviation`: standard deviation across seeds of the paired difference; `item_error`: the part of
     its standard error that comes from the choice of the `items` and that more seeds do not lower.
@@ -218,7 +219,7 @@ def power(difference: float, seeds: int, seed_deviation: float, *, item_error: f
         raise ValueError("power needs at least two seeds, seed_deviation > 0 and item_error >= 0")
     parts = np.array([seed_deviation**2 / seeds, item_error**2])
     freedom = parts.sum() ** 2 / (parts**2 / [seeds - 1, max(items - 1, 1)]).sum()
-    limit = critical_value(0.025, parts[0] / parts.sum(), seeds, items)
+    limit = critical_value(level / 2, parts[0] / parts.sum(), seeds, items)
     shift = difference / np.sqrt(parts.sum())
     below = np.nan_to_num(stats.nct.cdf(-limit, freedom, shift))  # scipy gives next to nothing as NaN
     return float(stats.nct.sf(limit, freedom, shift) + below)
