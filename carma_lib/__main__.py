@@ -165,8 +165,7 @@ def _command(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     from carma_lib.lab.plan import read_sweep
-    from carma_lib.lab.run import names_of
-    from carma_lib.lab.run import check_retries
+    from carma_lib.lab.run import check_retries, names_of
     from carma_lib.lab.sweep import Where, plan_text, run_sweep
 
     check_retries(options.retries)

@@ -30,6 +30,10 @@ class RunError(Exception):
     """Why a run cannot start or go on, in one line that names the way out."""
 
 
+class DataNotFound(RunError, FileNotFoundError):
+    """A source of data is not on this machine; the message says how to get it."""
+
+
 def user_path(path: Path | str) -> Path:
     """The path with a leading `~` or `~name` replaced by that home folder. `RunError` for an unknown user or a zero byte."""
     if "\0" in str(path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from carma_lib.lab.study import merged, read_study
 from carma_lib.methods import METHODS
 from carma_lib.models import load_config, pretrained
 from carma_lib.stats.claims import check_plan, claims_for
-from carma_lib.synonyms.reader import WordNetNotFound, wordnet
+from carma_lib.synonyms.reader import wordnet
 from carma_lib.tasks import task_named
 from carma_lib.tasks import file as own
 from carma_lib.tasks.controlled.lexicon import lexicon_file
@@ -146,10 +147,7 @@ def make_plan(profile: str, *, run_dir: Path | None = None, settings: dict[str, 
     _check_values(values)
     replaced = values.get("02_finetune", {}).get("tasks", []) if values.get("03_evaluate", {}).get("rates") else []
     if sources and any(task_named(task).synonyms == "wordnet" for task in replaced):
-        try:
-            wordnet()  # else its absence would be told after the trainings
-        except WordNetNotFound as error:
-            raise RunError(str(error)) from error
+        wordnet()  # else its absence would be told after the trainings
     return Plan(profile, run_dir, tuple(notebooks), chosen, {
         name: [root / user_path(each) for setting in _READ if (value := of.get(setting))
                for each in (value if isinstance(value, list) else [value])] for name, of in values.items()})
@@ -164,10 +162,7 @@ def _checked_file(task: Any, root: Path) -> Any:
     if not isinstance(task, str) or not own.is_file_name(task):
         return task
     path = next((path for folder in (Path.cwd(), root) if (path := folder / user_path(task)).is_file()), Path.cwd() / user_path(task))
-    try:
-        own.check_file(path)
-    except own.DataNotFound as error:
-        raise RunError(str(error)) from error
+    own.check_file(path)
     return task if path == root / user_path(task) else str(path)
 
 
@@ -209,13 +204,9 @@ def _apply_settings(settings: dict[str, str], chosen: dict[str, dict[str, Any]],
 
 
 def _literal(text: str) -> Any:
-    """A value of the command line: a Python literal, its tuples as lists, else the text itself."""
-    def plain(value: Any) -> Any:
-        return ({name: plain(each) for name, each in value.items()} if isinstance(value, dict) else
-                [plain(each) for each in value] if isinstance(value, (list, tuple)) else value)
-
+    """A value of the command line: a Python literal as JSON holds it (tuples as lists), else the text itself."""
     try:
-        return plain(ast.literal_eval(text))
+        return json.loads(json.dumps(ast.literal_eval(text)))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 

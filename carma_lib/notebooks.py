@@ -70,7 +70,7 @@ def describe(plan: Plan, *, resume: bool) -> str:
 
 def _is_done(plan: Plan, notebook: Notebook, entry: dict[str, Any], again: set[str]) -> bool:
     """Whether a notebook is done, from what is there still. again: what is made anew before it."""
-    return (entry.get("state") == "done" and not again & set(notebook.needs) and _makes_present(plan, notebook)
+    return (entry.get("state") == "done" and not again & set(notebook.needs) and not _absent(plan, notebook.makes)
             and _unchanged(plan.run_dir, entry, plan.reads[notebook.name]))
 
 
@@ -126,10 +126,6 @@ def _absent(plan: Plan, patterns: Iterable[str]) -> list[str]:
     return [pattern for pattern in patterns
             if not any(all(not part.startswith(".") for part in path.relative_to(plan.run_dir).parts)
                        for path in plan.run_dir.glob(pattern))]
-
-
-def _makes_present(plan: Plan, notebook: Notebook) -> bool:
-    return not _absent(plan, notebook.makes)
 
 
 def _marks(folder: Path, files: Iterable[Path]) -> dict[str, str]:
@@ -194,7 +190,7 @@ def _run_one(plan: Plan, notebook: Notebook, status: dict[str, Any]) -> None:
         finally:
             watch.cancel()
         tidy_notebook(temporary)
-    if not _makes_present(plan, notebook):
+    if _absent(plan, notebook.makes):
         record("failed", error="it ran, but did not make what the manifest says")
         raise RunError(f"{notebook.name} ran, but did not make {', '.join(notebook.makes)} in {plan.run_dir}")
     record("done", made=_marks(plan.run_dir, [path for pattern in notebook.makes for path in sorted(plan.run_dir.glob(pattern))]),

@@ -15,8 +15,8 @@ torch.set_num_threads(1)
 
 #: Files of minutes start first, so that no process is left alone with one at the end.
 LONGEST = tuple(f"test_{name}.py" for name in (
-    "notebooks", "lab_run", "lab_pretrained", "synonyms_wordnet", "wordnet_task", "figures", "runs", "lab_train", "pipeline",
-    "book", "jupyterlab", "replacement", "statistics"))
+    "notebooks", "notebooks_further", "lab_run", "lab_pretrained", "runs", "book", "trainer", "lab_train", "synonyms_wordnet",
+    "wordnet_task", "replacement", "jupyterlab", "pipeline", "figures", "statistics", "sst", "extending"))
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,6 @@
 """The benchmark runs, its batches are as long as they claim, its naive version computes the same terms."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import long
+import step
 from dense import DenseLoss
 from lengths import batches, read_lengths
 from naive import naive_loss, pad_to_published_length
@@ -20,11 +20,11 @@ from naive import naive_loss, pad_to_published_length
 from carma_lib.losses import CarmaConfig, CarmaLoss
 
 
-def test_a_small_run(tmp_path):
+def test_a_small_run(tmp_path, monkeypatch):
     options = "--device cpu --threads 1 --models small --texts wordnet --batches 1 --rounds 2 --no-memory"
     methods = ["--methods", "carma", "naive", "--out", str(tmp_path)]
-    command = [sys.executable, str(BENCHMARKS / "step.py"), *options.split(), *methods]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    monkeypatch.setattr(sys, "argv", ["step.py", *options.split(), *methods])
+    step.main()
     report = json.loads((tmp_path / "step_cpu.json").read_text())
     assert [record["method"] for record in report["results"]] == ["fine_tuning", "carma", "naive"]
     assert all(record["ratio_low"] <= record["ratio"] <= record["ratio_high"] for record in report["results"])

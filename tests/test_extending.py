@@ -21,6 +21,7 @@ from carma_lib.pooling import pooling_grid
 from carma_lib.stats.table import read_results
 from carma_lib.stats.metrics import per_seed, summarise
 from carma_lib.tasks import build_task
+from distributed import Client
 from transformers import AutoConfig, AutoModelForCausalLM
 
 torch.set_num_threads(1)
@@ -32,7 +33,8 @@ recipe = recipe_for("sums", dict(steps={"sums": 30}, learning_rate=0.01, layers=
                                  warmup_steps=1, evaluations=1, rates=(), depth_shares=(1.0,), protocols=("mean",),
                                  levels=("word",), measures=()), seeds=(1,)).recipe
 cells = [Cell("sums", method, 1, recipe) for method in ("untuned", "fine_tuning", "confidence_penalty")]
-assert not run(cells, folder, workers=1, collect=lambda: pack(folder, cells, folder))
+with Client(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, set_as_default=False) as client:
+    assert not run(cells, folder, client, collect=lambda: pack(folder, cells, folder))
 results = read_results(folder / "results.parquet")
 unchanged = results[results.condition == "clean"]
 answers = unchanged.pivot_table(index="item_id", columns="method", values="log_probability", observed=True)

@@ -53,7 +53,7 @@ def cell_of(start, method="carma", seed=1, task=TASK, **more):
 
 
 def results_of(folder, cells):
-    return read_results([cell_folder(folder, cell) / "answers.parquet" for cell in cells])
+    return pd.concat([read_results(cell_folder(folder, cell) / "answers.parquet") for cell in cells], ignore_index=True)
 
 
 DATA = {TASK: {"split_by": "row"}}
@@ -138,7 +138,7 @@ def test_a_start_without_any_answer_is_refused(folder, tmp_path, client):
     assert "\n" not in str(error.value)
 
 
-def test_random_weights_in_the_shape_of_a_pretrained_start(folder, starts):
+def test_random_weights_in_the_shape_of_a_pretrained_start(folder, starts, client):
     """The same tokenizer, prompt and rows; weights of the cell's seed; told apart in folders and tables."""
     whole, first, again, other = (cell_of(start, "fine_tuning", seed=seed, measures=("perplexity",)) for start, seed in (
         (starts["llama"], 1), (f"random:{starts['llama']}", 1), (f"random:{starts['llama']}", 1), (f"random:{starts['llama']}", 2)))
@@ -149,7 +149,7 @@ def test_random_weights_in_the_shape_of_a_pretrained_start(folder, starts):
         assert torch.equal(weights[name], same[name]) and not torch.equal(weights[name], others[name])
         assert not torch.equal(weights[name], kept[name])
     assert training_rows(folder, whole) == training_rows(folder, first)
-    assert run([whole, first, other], folder, workers=1) == {}
+    assert run([whole, first, other], folder, client) == {}
     found = results_of(folder, [whole, first, other])
     assert set(found.model.unique()) == {"tiny-llama", "tiny-llama, random weights"} and len({cell.place.parent for cell in (whole, first)}) == 2
     before = pd.concat([pd.read_parquet(cell_folder(folder, cell) / "measures.parquet") for cell in (whole, first, other)])

@@ -314,12 +314,13 @@ def test_the_second_run_in_a_folder_is_refused(folder):
 
 # -- a sweep on local workers ----------------------------------------------------------------------
 
-def test_a_sweep_with_a_killed_worker_and_a_failing_cell_gives_what_an_undisturbed_one_gives(tmp_path):
-    """Eight cells on two workers, one of them killed, one cell made to fail, then repaired; against an unbroken sweep."""
+def test_a_sweep_with_a_killed_worker_and_a_failing_cell_gives_what_an_undisturbed_one_gives(tmp_path, client):
+    """Eight cells on two workers, one of them killed, one cell made to fail, then repaired; against an unbroken sweep of a scheduler."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     calm = read_sweep(sweep_file(tmp_path / "one", tasks=[SENTIMENT, DICTIONARY]))
-    report, failed = run_sweep(calm, Where(workers=2))
+    at_once = Where(scheduler=client.scheduler.address)
+    report, failed = run_sweep(calm, at_once)
     assert not failed and report.is_file()
     sweep = read_sweep(sweep_file(tmp_path / "two", tasks=[SENTIMENT, DICTIONARY]))
     bad = sweep.cells[-1]
@@ -338,7 +339,7 @@ def test_a_sweep_with_a_killed_worker_and_a_failing_cell_gives_what_an_undisturb
     pd.testing.assert_frame_equal(done, table_of(calm.run_dir)[lambda rows: rows.cell != bad.key].reset_index(drop=True))
     assert (sweep.run_dir / "tables" / "failed_cells.csv").is_file()
     stone.unlink()
-    _, failed = run_sweep(sweep, Where(workers=1))
+    _, failed = run_sweep(sweep, at_once)
     assert not failed and all(states(sweep.run_dir, cell) == attempts[cell] for cell in sweep.cells if cell != bad)
     pd.testing.assert_frame_equal(table_of(sweep.run_dir), table_of(calm.run_dir))
     assert (sweep.run_dir / "report.html").read_bytes() == (calm.run_dir / "report.html").read_bytes().replace(
@@ -364,18 +365,17 @@ def test_a_stopped_sweep_ends_soon_with_one_line_and_goes_on(tmp_path):
     file = sweep_file(tmp_path, methods=["carma"], settings={**{key: list(value) if isinstance(value, tuple) else value for key, value in SMALL.items()
                                                                if key not in ("rates", "depth_shares", "protocols", "levels", "test_splits", "test_items", "pooled_items", "measures")},
                                                              "steps": 100_000})
-    process = subprocess.Popen([sys.executable, "-m", "carma_lib", "sweep", str(file), "--workers", "2"], cwd=ROOT, text=True,
+    process = subprocess.Popen([sys.executable, "-m", "carma_lib", "sweep", str(file), "--workers", "1"], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONWARNINGS": "ignore:own"})
     cells = read_sweep(file).cells
     try:
-        wait_for(lambda: sum(states(tmp_path / "run", cell) == ["begun"] for cell in cells) == 2)
+        wait_for(lambda: sum(states(tmp_path / "run", cell) == ["begun"] for cell in cells) == 1)
         children = psutil.Process(process.pid).children(recursive=True)
         began = time.monotonic()
         process.terminate()
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    print(process.returncode, errors[-1500:])
     last = errors.rstrip().splitlines()[-1]
     assert process.returncode == 143 and "what is done is kept, the same command goes on" in last
     assert "Traceback" not in errors and not psutil.wait_procs(children, timeout=20)[1]
@@ -410,6 +410,19 @@ def test_workers_have_their_own_settings_and_wrong_numbers_are_refused():
         pass
     with local_client(1) as client:
         assert client.submit(os.environ.get, "OMP_WAIT_POLICY").result() == "PASSIVE"
+
+
+@pytest.mark.parametrize(("visible", "size", "groups"), [
+    ("0,1,2,3", 1, ["0", "1", "2", "3"]), ("0,1,2,3", 2, ["0,1", "2,3"]), ("4,7,9", 2, ["4,7"]), ("", 2, []), ("-1", 1, [])])
+def test_each_worker_has_gpus_of_its_own(monkeypatch, visible, size, groups):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert cluster.gpu_groups(size) == groups and cluster.default_workers(size) == (len(groups) or 2)
+
+
+def test_fewer_gpus_than_a_training_takes_are_refused(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(RunError, match="needs a GPU for each, but 2 can be used here"):
+        cluster.gpu_groups(4)
 
 
 def test_a_dry_run_of_a_sweep_does_nothing(tmp_path, capsys, monkeypatch):

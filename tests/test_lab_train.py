@@ -77,7 +77,7 @@ def test_other_tests_of_a_trained_cell_do_not_train_it_again(trained_run, tmp_pa
     found = answers(folder, more)
     assert set(found.rate) == {0.0, 0.4}
     clean = [each[each.condition == "clean"].reset_index(drop=True) for each in (found, answers(trained_run, CARMA))]
-    pd.testing.assert_frame_equal(*clean), "a model that was read answers as the one that was trained"
+    pd.testing.assert_frame_equal(*clean)  # a model that was read answers as the one that was trained
 
 
 def test_weight_zero_gives_the_weights_of_fine_tuning(trained_run, folder, client):
@@ -147,9 +147,14 @@ def test_the_best_and_the_last_checkpoint(folder, client):
         found[keep] = history
     best, last = (history.set_index("step").validation_accuracy.dropna().tolist() for history in found.values())
     assert best == last
+    rates = found["last"].set_index("step").learning_rate.dropna()
+    assert rates.to_dict() == pytest.approx({step: 0.05 * (8 - step) / 7 for step in (2, 4, 6, 8)}), "warm-up of one step, then linear to zero"
     whole = cell_of(keep="best", steps=8, evaluations=4, learning_rate=0.05, schedule="constant", warmup_steps=0)
     assert run([whole], folder, client, stage="trained") == {}
-    best_step = curves(folder, [whole]).dropna(subset="validation_accuracy").set_index("step").validation_accuracy.idxmax()
+    history = curves(folder, [whole])
+    assert history.learning_rate.dropna().tolist() == pytest.approx([0.05] * 4)
+    best_step = history.dropna(subset="validation_accuracy").set_index("step").validation_accuracy.idxmax()
+    assert best_step < 8, "else the best is the last"
     short = cell_of(keep="last", steps=int(best_step), evaluations=1, learning_rate=0.05, schedule="constant", warmup_steps=0)
     assert run([short], folder, client, stage="trained") == {} and same(weights(folder, short), weights(folder, whole))
 

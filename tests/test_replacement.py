@@ -106,9 +106,10 @@ def test_every_candidate_and_place_is_drawn():
 def test_hash_seed_changes_nothing():
     code = ("from carma_lib.synonyms.replacement import replace_all\n"
             f"for done in replace_all({SENTENCES!r}, rate=0.4, seed=1): print(done)")
-    outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                              env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("0", "1")}
-    assert len(outputs) == 1 and "Change(" in outputs.pop()
+    outputs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                              env={**os.environ, "PYTHONHASHSEED": "0"}).stdout,
+               "".join(f"{done}\n" for done in replace_all(SENTENCES, rate=0.4, seed=1))]
+    assert outputs[0] == outputs[1] and "Change(" in outputs[0] and os.environ.get("PYTHONHASHSEED") != "0"
 
 
 # What may change
@@ -382,14 +383,14 @@ def test_letters_with_marks_are_other_letters():
 def test_threads_give_what_one_thread_gives():
     code = ("import sys; from concurrent.futures import ThreadPoolExecutor\n"
             "from carma_lib import replace_synonyms\n"
-            "texts = [f'The {a} and the {b} saw the {c}.' for a, b, c in zip(*[iter(sys.argv[2:])] * 3)]\n"
-            "with ThreadPoolExecutor(int(sys.argv[1])) as pool:\n"
-            "    print(*pool.map(lambda text: replace_synonyms(text, rate=1, seed=0).text, texts))")
+            "texts = sys.argv[1:]\n"
+            "with ThreadPoolExecutor(4) as pool:\n"
+            "    print(*pool.map(lambda text: replace_synonyms(text, rate=1, seed=0).text, texts), sep='\\n')")
     nouns = sorted({key.split("%")[0] for key, count in sense_counts().items() if "%1:" in key and count > 9})
     nouns = [noun for noun in nouns if noun.isalpha()][::20][:90]
-    outputs = {subprocess.run([sys.executable, "-c", code, threads, *nouns], capture_output=True, text=True,
-                              check=True).stdout for threads in ("1", "4")}
-    assert len(outputs) == 1
+    texts = [f"The {a} and the {b} saw the {c}." for a, b, c in zip(*[iter(nouns)] * 3)]
+    found = subprocess.run([sys.executable, "-c", code, *texts], capture_output=True, text=True, check=True).stdout
+    assert found.split("\n")[:-1] == [replace_synonyms(text, rate=1, seed=0).text for text in texts] != texts
 
 
 # Adversary

@@ -1,4 +1,5 @@
 """SST: trees read by an independent reading, published thresholds, splits, and what happens without the data."""
+import functools
 import re
 import warnings
 
@@ -9,6 +10,14 @@ from carma_lib.tasks import DataNotFound, build_task, sst
 from carma_lib.tasks.sst import parse_tree, phrase_spans, three_class
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Stanford's has")  # small files stand for large ones
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _read_once():
+    """The treebank's 11,855 trees are read once and not by every test; what was read cannot be changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sst, "parse_tree", functools.lru_cache(None)(sst.parse_tree))
+        yield
 
 
 def nested(line):

@@ -21,7 +21,7 @@ from carma_lib.lab.cell import Cell, cell_folder, finished_facts
 from carma_lib.lab.plan import Sweep
 from carma_lib.lab.worker import is_done
 from carma_lib.models import load_config
-from carma_lib.tasks import DataNotFound, is_built, read_card
+from carma_lib.tasks import is_built, read_card
 
 OPERATIONS_A_SECOND, SHORTEST_STEP, TOKENS_A_ROW = 3e10, 0.03, 24
 
@@ -51,7 +51,7 @@ def _steps(folder: Path, cell: Cell) -> int:
     """Steps of a training; for `epochs` of data that are not built yet, as if they had 10,000 rows."""
     try:
         rows = read_card(folder / "data" / cell.task)["counts"]["train"]
-    except (DataNotFound, RunError):
+    except RunError:
         rows = 10_000
     return cell.recipe.training_steps(min(rows, cell.recipe.training_items or rows))
 
@@ -64,7 +64,7 @@ def open_cells(sweep: Sweep) -> tuple[Cell, ...]:
     def needs_work(cell: Cell) -> bool:
         try:
             return cell.task not in current or not is_done(sweep.run_dir, cell, "tested")
-        except (DataNotFound, RunError):  # absent or damaged data are built again
+        except RunError:  # absent or damaged data are built again
             return True
 
     return tuple(cell for cell in sweep.cells if needs_work(cell))

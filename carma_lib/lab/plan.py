@@ -33,7 +33,6 @@ class Sweep:
     file: Path
     run_dir: Path
     tasks: tuple[str, ...]
-    methods: tuple[str, ...]
     cells: tuple[Cell, ...]
     data: dict[str, dict[str, Any]]
 
@@ -114,7 +113,7 @@ def _checked(file: Path, text: Any) -> Sweep:
     if len({cell.key for cell in cells}) < len(cells):
         raise ValueError("two models of the file are trained alike, and a folder holds one training: give each its own settings of "
                          "training, and write what is tested once, under conditions")
-    return Sweep(file, Path.cwd() / user_path(given.run_dir), tuple(tasks), given.methods, cells, data)
+    return Sweep(file, Path.cwd() / user_path(given.run_dir), tuple(tasks), cells, data)
 
 
 def _model(entry: Any, settings: dict[str, Any], conditions: dict[str, Any], tasks: list[str]) -> dict[str, Any]:

@@ -38,7 +38,6 @@ class ModelSettings:
     warmup_steps: int
     mi_weight: float
     stability_weight: float
-    pooling_start_layers: tuple[int, ...] | None = None
     published: tuple[str, ...] = ()
     defaults: tuple[str, ...] = ()
 

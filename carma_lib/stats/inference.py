@@ -215,8 +215,6 @@ def power(difference: float, seeds: int, seed_deviation: float, *, item_error: f
     Noncentral t with variance seed_deviation² / seeds + item_error², Satterthwaite's degrees of freedom and
     the paired test's own critical value.
     """
-    if seeds < 2 or seed_deviation <= 0 or item_error < 0:
-        raise ValueError("power needs at least two seeds, seed_deviation > 0 and item_error >= 0")
     parts = np.array([seed_deviation**2 / seeds, item_error**2])
     freedom = parts.sum() ** 2 / (parts**2 / [seeds - 1, max(items - 1, 1)]).sum()
     limit = critical_value(level / 2, parts[0] / parts.sum(), seeds, items)

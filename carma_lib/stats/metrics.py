@@ -79,11 +79,6 @@ class Crossed:
     key: dict = field(default_factory=dict)
 
     @property
-    def counted(self) -> int:
-        """How many items are in the denominator of any seed."""
-        return counted_items(self)
-
-    @property
     def values(self) -> np.ndarray:
         """Seeds × items: a row's mean is the seed's ratio, a row's spread is that of the ratio's linear form.
 
@@ -188,7 +183,7 @@ def summarise(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     `metric` is a key of `METRICS`, the interval is `crossed_interval`. The note says why an estimate is empty.
     """
     return _lines(results, metric, metric, lambda cell: crossed_interval(
-        cell.values, counted=cell.counted, bounds=METRICS[metric].bounds))
+        cell.values, counted=counted_items(cell), bounds=METRICS[metric].bounds))
 
 
 def coefficient_of_variation(results: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
@@ -204,9 +199,9 @@ def coefficient_of_variation(results: pd.DataFrame, metric: str = "accuracy") ->
 def _lines(results: pd.DataFrame, metric: str, name: str, interval: Callable[[Crossed], Interval]) -> pd.DataFrame:
     lines = []
     for key, cell in cells(results, metric):
-        found = interval(cell) if cell.counted else Interval(*[np.nan] * 5, "")
+        found = interval(cell) if counted_items(cell) else Interval(*[np.nan] * 5, "")
         lines.append(key | {"metric": name, "estimate": found.estimate, "low": found.low, "high": found.high,
-                            "n_items": cell.counted, "n_seeds": len(cell.seeds),
+                            "n_items": counted_items(cell), "n_seeds": len(cell.seeds),
                             "note": "; ".join(filter(None, [*cell.notes, found.note]))})
     return pd.DataFrame(lines)
 

@@ -5,13 +5,11 @@ Accuracy and all claims come from this table; measures of hidden states and time
 """
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as parquet
 
 #: Column → (type, meaning). Text columns are read as categories, because their values repeat.
@@ -127,23 +125,11 @@ def at_the_end(results: pd.DataFrame) -> pd.DataFrame:
     return results[(results["budget"] == last) | (results["budget"] == 0)]
 
 
-def read_results(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> pd.DataFrame:
-    """One long table from Parquet files and folders (searched for `results*.parquet` at any depth).
-
-    Raises `ResultsError` where nothing is found, a file is no result table, or two files hold the same row.
-    """
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = sorted(path.rglob("results*.parquet")) if path.is_dir() else [path] if path.is_file() else []
-        if not found:
-            raise ResultsError(f"no result table at {path}; run the evaluation first "
-                               "(a folder is searched for results*.parquet)")
-        files += found
-    tables = []
-    for file in dict.fromkeys(file.resolve() for file in files):
-        tables.append(parquet.read_table(file, read_dictionary=_TEXT).replace_schema_metadata(None))
-        if lacking := [name for name in RESULT_COLUMNS if name not in tables[-1].column_names]:
-            raise ResultsError(f"{file} is no result table: it lacks the columns {lacking}")
-    table = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
-    return check_results(table.to_pandas())
+def read_results(file: Path) -> pd.DataFrame:
+    """One long table from a Parquet file, text as categories. `ResultsError` where there is none, or no result table."""
+    if not file.is_file():
+        raise ResultsError(f"no result table at {file}; run the evaluation first")
+    table = parquet.read_table(file, read_dictionary=_TEXT).replace_schema_metadata(None)
+    if lacking := [name for name in RESULT_COLUMNS if name not in table.column_names]:
+        raise ResultsError(f"{file} is no result table: it lacks the columns {lacking}")
+    return check_results(table.unify_dictionaries().to_pandas())

@@ -8,6 +8,8 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from carma_lib.files import DataNotFound
+
 if TYPE_CHECKING:
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
@@ -25,7 +27,7 @@ LEXICOGRAPHER_FILES = (
 ).split()
 
 
-class WordNetNotFound(LookupError):
+class WordNetNotFound(DataNotFound):
     """No WordNet on this machine; the message names the three ways to get it."""
 
     def __init__(self) -> None:

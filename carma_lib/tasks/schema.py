@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from carma_lib.files import (RunError, check_folder, fingerprint, read_json, reading, user_path, whole_folder,
+from carma_lib.files import (DataNotFound, RunError, check_folder, fingerprint, read_json, reading, user_path, whole_folder,
                              write_checksums, write_json)
 
 FEATURES = datasets.Features({
@@ -25,10 +25,6 @@ FEATURES = datasets.Features({
     "phrases": [[datasets.Value("int32")]],
     "group": datasets.Value("string"),
 })
-
-
-class DataNotFound(FileNotFoundError):
-    """A source of data is not on this machine; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def is_current(folder: Path, *, task: str, parameters: dict[str, Any], rules: st
     """Whether `folder` holds this task whole, made from these parameters by these rules."""
     try:
         card = read_card(folder)
-    except (DataNotFound, RunError):
+    except RunError:
         return False
     return (card["task"], card["parameters"], card["rules"]) == (task, parameters, rules) and not check_folder(folder)
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from carma_lib.files import reading
 from carma_lib.synonyms import wordnet as lexicon
-from carma_lib.tasks.schema import DataNotFound, TaskRows, shuffle_held_out
+from carma_lib.tasks.schema import TaskRows, shuffle_held_out
 
 SPLIT_KEYS = {"row": None, "synset": "definition", "headword": "lemma"}
 MIN_WORDS, MAX_WORDS = 3, 40
@@ -42,10 +42,7 @@ def filtered_pairs() -> tuple[pd.DataFrame, list[dict[str, Any]]]:
 
     Raises `DataNotFound` without WordNet, `RunError` if its files are cut or damaged.
     """
-    try:
-        database = lexicon.wordnet()
-    except lexicon.WordNetNotFound as error:
-        raise DataNotFound(str(error)) from error
+    database = lexicon.wordnet()
     with reading(f"WordNet in {database.root}", "install it again"):
         pairs = lexicon.definition_pairs()
         if database.get_version() == "3.0" and len(pairs) != PAIRS:
@@ -87,8 +84,7 @@ def build_rows(*, seed: int, split_by: str) -> TaskRows:
     shuffle_held_out(splits)
     return TaskRows(splits, source="WordNet 3.0, Princeton University",
                     licence="WordNet 3.0 licence (free use with the notice kept)",
-                    facts={"filters": counts, "shared_between_train_and_test": _shared(splits, "test"),
-                           "shared_with_train": {name: _shared(splits, name) for name in splits if name != "train"}})
+                    facts={"filters": counts, "shared_with_train": {name: _shared(splits, name) for name in splits if name != "train"}})
 
 
 def example_sentences(number: int) -> list[str]:
