@@ -143,6 +143,13 @@ def test_claims_are_counted_by_question():
     assert short["a: synonyms 10%"] == "+10.0 [5.0, 20.0] *" and short["a: spread"] == "0.50 [0.30, 0.90]"
 
 
+def test_few_seeds_have_an_estimate_alone():
+    table = pd.DataFrame({"estimate": [0.02, -0.01], "low": [0.01, -0.2], "high": [0.03, 0.1], "n_seeds": [3, 2]}, index=[7, 9])
+    assert tables.with_interval(table).tolist() == ["+2.0 [1.0, 3.0]", "−1.0 [−20.0, 10.0]"]
+    assert tables.with_interval(table, fewest_seeds=3).to_dict() == {7: "+2.0 [1.0, 3.0]", 9: "−1.0"}
+    assert tables.with_interval(table[:0]).tolist() == [] and len(table[:0].assign(text=tables.with_interval(table[:0]))) == 0
+
+
 def test_a_study_that_is_not_whole_says_what_is_not_measured():
     plan = claims_for(CLAIMS, ["made_task", "sst3"], start="random")
     assert [claim["name"] for claim in plan] == ["made task: accuracy", "made task: synonyms 25 %", "SST sentiment: accuracy", "SST sentiment: synonyms 25 %"]

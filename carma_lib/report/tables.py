@@ -179,9 +179,14 @@ def _p(value: float) -> str:
     return "" if pd.isna(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def with_interval(table: pd.DataFrame, *, scale: float = 100, digits: int = 1) -> pd.Series:
-    """estimate, low and high of each row as one text, times `scale`: "+1.5 [−0.7, 3.6]", without an interval "+1.5"."""
-    return table.apply(lambda row: _with_interval(row.estimate, row.low, row.high, scale=scale, digits=digits), axis=1)
+def with_interval(table: pd.DataFrame, *, scale: float = 100, digits: int = 1, fewest_seeds: int = 1) -> pd.Series:
+    """estimate, low and high of each row as one text, times `scale`: "+1.5 [−0.7, 3.6]", without an interval "+1.5".
+
+    fewest_seeds: a row of fewer `n_seeds` has no interval.
+    """
+    lows = table["low"] if fewest_seeds == 1 else table["low"].where(table["n_seeds"] >= fewest_seeds)
+    return pd.Series([_with_interval(*row, scale=scale, digits=digits) for row in zip(table["estimate"], lows, table["high"])],
+                     index=table.index, dtype=object)
 
 
 def _with_interval(estimate: float, low: float, high: float, *, scale: float = 100, digits: int = 1, plus: str = "+") -> str:
