@@ -85,7 +85,9 @@ def test_bad_tables_are_refused_in_one_line(results, spoil, message):
 
 def test_absent_and_other_files_are_errors(results, tmp_path):
     with pytest.raises(ResultsError, match="no result table"):
-        read_results(tmp_path / "results.parquet")
+        read_results(str(tmp_path / "results.parquet"))
+    with pytest.raises(ResultsError, match="no result table"):
+        read_results(tmp_path)
     pd.concat([results, results]).to_parquet(tmp_path / "results_twice.parquet", index=False)
     with pytest.raises(ResultsError, match="duplicate rows"):
         read_results(tmp_path / "results_twice.parquet")

@@ -125,9 +125,9 @@ def at_the_end(results: pd.DataFrame) -> pd.DataFrame:
     return results[(results["budget"] == last) | (results["budget"] == 0)]
 
 
-def read_results(file: Path) -> pd.DataFrame:
+def read_results(file: Path | str) -> pd.DataFrame:
     """One long table from a Parquet file, text as categories. `ResultsError` where there is none, or no result table."""
-    if not file.is_file():
+    if not (file := Path(file)).is_file():
         raise ResultsError(f"no result table at {file}; run the evaluation first")
     table = parquet.read_table(file, read_dictionary=_TEXT).replace_schema_metadata(None)
     if lacking := [name for name in RESULT_COLUMNS if name not in table.column_names]:
