@@ -144,8 +144,35 @@ def test_no_text_lies_over_another_or_over_a_mark(results, comparisons):
 
 def test_a_long_name_does_not_hide_the_outcome():
     figure = figures.forest_plot(claims_table(["a task with quite a long name, of two models and words: performance preserved"]))
-    names = [text.get_text() for text in figure.axes[0].texts]
-    assert [name for name in names if name.endswith(("shown)",)) and "… (≥" in name]
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert [name.split("\n")[-1] for name in names] == ["performance preserved", "(≥ −2: shown)"]
+    assert figure.axes[0].get_title(loc="left").replace("\n", " ") == "a task with quite a long name, of two models and words"
+    endless = figures.forest_plot(claims_table(["a task: performance preserved on seen combinations of words that go on and on"]))
+    name = endless.axes[0].get_yticklabels()[1].get_text().split("\n")
+    assert len(name) == 3 and name[1].endswith("…") and name[2] == "(≥ −2: shown)"
+
+
+def test_every_claim_has_its_own_name_beside_its_mark():
+    names = [f"{task}: {asked}" for task in ("a task", "another task") for asked in ("new combinations", "pooling")]
+    table = claims_table(names).assign(estimate=[place / 100 + (place % 3 == 2) for place in range(12)])
+    axes = figures.forest_plot(table).axes
+    assert [one.get_title(loc="left") for one in axes] == ["a task", "another task", ""]
+    drawn = {}
+    for panel in axes:
+        marks = {line.get_ydata()[0]: line.get_xdata()[0] for line in panel.lines if line.get_marker() == "s"}
+        for label in panel.get_yticklabels():
+            drawn[panel.get_title(loc="left"), label.get_text().replace("\n", " ")] = marks[label.get_position()[1]]
+    expected = {}
+    for row in table.to_dict("records"):
+        task, asked = row["name"].split(": ")
+        if row["kind"] == "cv ratio":
+            expected["", row["name"]] = row["estimate"]
+        else:
+            outcome = f" (≥ −2: {'shown' if row['holm_p'] < 0.05 else 'not shown'})" if row["kind"] == "non-inferiority" else ""
+            expected[task, asked + outcome] = 100 * row["estimate"]
+    assert {name: pytest.approx(value) for name, value in expected.items()} == drawn
+    alike = figures.forest_plot(table[table["name"].str.endswith("pooling")]).axes[-1]
+    assert alike.get_title(loc="left") == "pooling" and [label.get_text() for label in alike.get_yticklabels()] == ["a task", "another task"]
 
 
 def test_an_interval_without_an_end_is_drawn_as_an_arrow():
@@ -228,12 +255,12 @@ def test_forest_plot_fills_what_survives_correction_and_leaves_out_what_was_not_
     axes = figures.forest_plot(table).axes
     fills = [to_hex(line.get_markerfacecolor()) for panel in axes for line in panel.lines
              if line.get_marker() == "s"]
-    # From below: non-inferiority is told in words and stays open, since a filled mark means a difference and only that.
-    assert fills == ["#ffffff", "#ffffff", style.METHOD_COLOURS["carma"], "#ffffff"]
-    names = [text.get_text() for text in axes[0].texts]
-    assert names[0] == "non-inferiority of accuracy (≥ −2: shown)" and "shown" not in "".join(names[1:])
+    # Non-inferiority is told in words and stays open, since a filled mark means a difference and only that.
+    assert fills == [style.METHOD_COLOURS["carma"], "#ffffff", "#ffffff", "#ffffff"]
+    names = [label.get_text().replace("\n", " ") for label in axes[0].get_yticklabels()]
+    assert names[2] == "non-inferiority of accuracy (≥ −2: shown)" and "shown" not in "".join(names[:2])
     marks = [line for line in axes[0].lines if line.get_marker() == "s"]
-    expected = (100 * table["estimate"][[2, 1, 0]]).tolist()
+    expected = (100 * table["estimate"][[0, 1, 2]]).tolist()
     assert [mark.get_xdata()[0] for mark in marks] == pytest.approx(expected)
     untested = table.assign(estimate=[np.nan, 0.1, 0.1, np.nan])
     assert len(figures.forest_plot(untested).axes) == 1

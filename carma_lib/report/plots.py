@@ -4,7 +4,8 @@ Dots are seeds, bars are 95 % intervals as the tables give them (see `stats.inte
 """
 from __future__ import annotations
 
-from textwrap import fill
+from textwrap import fill, wrap
+from typing import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -173,55 +174,83 @@ def _by_condition(estimates: pd.DataFrame, values: pd.DataFrame, x: str, panel: 
 
 @styled
 def forest_plot(comparisons: pd.DataFrame) -> Figure:
-    """A row a claim of `claims.primary_comparisons`: its name, below it estimate and 95 % interval.
+    """A row a claim of `claims.primary_comparisons`: its name on the left, its estimate and 95 % interval beside it.
 
-    Upper panel: differences of shares, in percentage points. Lower panel, if any: CV ratios on a logarithmic axis. A
-    filled mark means one thing: the two methods differ, p below 0.05 after Holm's correction. A claim of
-    non-inferiority has an open mark, a short black line at minus its margin, and its outcome in words beside its name.
+    A claim's name is "task: what is asked". Above, a panel a task has the differences of shares in percentage points;
+    below, if any, one panel has the CV ratios of all tasks on a logarithmic axis. A filled mark means one thing: the two
+    methods differ, p below 0.05 after Holm's correction. A claim of non-inferiority has an open mark, a short black line
+    at minus its margin, and its outcome in words under its name.
     """
     known = comparisons.dropna(subset=["estimate"])
-    parts = [(rows, is_ratio) for is_ratio, rows in known.groupby(known["kind"] == "cv ratio")]
-    if not parts:
+    if known.empty:
         raise ValueError("forest_plot: no claim of the table could be estimated; its notes say why")
-    height = 0.95 * len(parts) + 0.4 * len(known)
-    figure, panels = plt.subplots(len(parts), 1, figsize=(PAGE, height), squeeze=False,
-                                  height_ratios=[len(rows) + 0.5 for rows, _ in parts])
+    known = known.join(known["name"].str.rpartition(": ").set_axis(["heading", "colon", "asked"], axis=1))
+    is_ratio = known["kind"] == "cv ratio"
+    parts = [(heading, rows["asked"], rows) for heading, rows in known[~is_ratio].groupby("heading", sort=False)]
+    of_tasks = len(parts)
+    if is_ratio.any():
+        ratios = known[is_ratio]
+        alike = len(ratios) > 1 and ratios["asked"].nunique() == 1
+        parts.append((ratios["asked"].iloc[0], ratios["heading"], ratios) if alike else ("", ratios["name"], ratios))
+    parts = [(title, [_claim_name(name, claim) for name, claim in zip(names, rows.to_dict("records"))], rows) for title, names, rows in parts]
+    lines = max(name.count("\n") + 1 for _, names, _ in parts for name in names)
+    height = (0.06 + 0.14 * lines) * len(known) + 0.3 * len(parts) + 0.4 * is_ratio.nunique() + 0.2
+    figure, panels = plt.subplots(len(parts), squeeze=False, figsize=(PAGE, height), height_ratios=[len(rows) for *_, rows in parts])
+    panels = panels[:, 0]
     method, baseline = sides(known)
-    for axes, (rows, is_ratio) in zip(panels[:, 0], parts):
-        _forest(axes, rows.iloc[::-1], 1.0 if is_ratio else 100.0)
-        axes.axvline(1.0 if is_ratio else 0.0, color="black", linewidth=0.8, zorder=1)
-        axes.grid(axis="x")
-        axes.set_xlabel(fill(f"CV of {method} ÷ CV of {baseline} (below 1: {method} is steadier)" if is_ratio
-                             else f"{method} minus {baseline}, percentage points", 66))
-        if is_ratio:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
-            low, high = axes.get_xlim()
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
-            axes.xaxis.set_minor_locator(NullLocator())
-            if high / low < 5:
-                ticks = MaxNLocator(4).tick_values(low, high)
-                ticks[np.abs(ticks - 1).argmin()] = 1  # where the line of no difference is
-                axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+    for axes, (title, names, rows) in zip(panels, parts):
+        _forest(axes, rows, names)
+        axes.set_title(fill(title, 44), loc="left")
+    for axes in panels[:of_tasks]:
+        axes.sharex(panels[0])
+        last = axes is panels[of_tasks - 1]
+        axes.tick_params(axis="x", labelbottom=last, length=3.5 * last)
+        axes.spines["bottom"].set_visible(last)
+    if of_tasks:
+        panels[of_tasks - 1].set_xlabel(fill(f"{method} minus {baseline}, percentage points", 44))
+    if is_ratio.any():
+        _ratio_axis(panels[-1])
+        panels[-1].set_xlabel(f"CV of {method} ÷ CV of {baseline}\n(below 1: {method} is steadier)")
     return figure
 
 
-def _forest(axes: Axes, rows: pd.DataFrame, scale: float) -> None:
+def _claim_name(name: str, claim: dict) -> str:
+    """A claim's name in at most two short lines; of non-inferiority its outcome below."""
+    lines = wrap(name, 26, max_lines=2, placeholder=" …")
+    if claim["kind"] == "non-inferiority":
+        lines.append(f"(≥ −{100 * claim['margin']:g}: {'shown' if claim['holm_p'] < 0.05 else 'not shown'})")
+    return "\n".join(lines)
+
+
+def _forest(axes: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None:
+    is_ratio = rows["kind"].iloc[0] == "cv ratio"
+    scale = 1 if is_ratio else 100
     for place, row in enumerate(rows.to_dict("records")):
         colour, preserved = METHOD_COLOURS.get(row["method"], "black"), row["kind"] == "non-inferiority"
         axes.plot([scale * row["low"], scale * row["high"]], [place, place], color=colour, linewidth=1.6)
         axes.plot(scale * row["estimate"], place, METHOD_MARKERS.get(row["method"], "o"), color=colour, markersize=6,
                   markerfacecolor=colour if row["holm_p"] < 0.05 and not preserved else "white")
-        name, outcome = row["name"], ""
         if preserved:
             axes.plot(-scale * row["margin"], place, "|", color="black", markersize=8)
-            outcome = f" (≥ −{scale * row['margin']:g}: {'shown' if row['holm_p'] < 0.05 else 'not shown'})"
-        most = 67 - len(outcome)
-        axes.annotate((name if len(name) <= most else name[:most - 1] + "…") + outcome, xy=(0, place), xycoords=("axes fraction", "data"),
-                      xytext=(2, 4.5), textcoords="offset points", fontsize=8.5, zorder=2, va="bottom",
-                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3})
-    axes.set(ylim=(-0.4, len(rows) - 0.3), yticks=[])
+    axes.axvline(1 if is_ratio else 0, color="black", linewidth=0.8, zorder=1)
+    axes.set(ylim=(len(rows) - 0.5, -0.5))
+    axes.set_yticks(range(len(rows)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
+
+
+def _ratio_axis(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    if high / low < 5:
+        ticks = MaxNLocator(4).tick_values(low, high)
+        ticks[np.abs(ticks - 1).argmin()] = 1  # where the line of no difference is
+        axes.set_xticks([tick for tick in ticks if low <= tick <= high])
 
 
 @styled
