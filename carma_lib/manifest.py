@@ -25,6 +25,7 @@ from carma_lib.synonyms.reader import wordnet
 from carma_lib.tasks import task_named
 from carma_lib.tasks import file as own
 from carma_lib.tasks.controlled.lexicon import lexicon_file
+from carma_lib.tasks.sst import source_files
 from carma_lib.tasks.wordnet import SPLIT_KEYS
 
 MANIFEST = "nbs_ci.yml"
@@ -148,9 +149,11 @@ def make_plan(profile: str, *, run_dir: Path | None = None, settings: dict[str, 
     replaced = values.get("02_finetune", {}).get("tasks", []) if values.get("03_evaluate", {}).get("rates") else []
     if sources and any(task_named(task).synonyms == "wordnet" for task in replaced):
         wordnet()  # else its absence would be told after the trainings
+    named = {name: [each for setting in _READ if (value := of.get(setting)) for each in (value if isinstance(value, list) else [value])]
+             for name, of in values.items()}
     return Plan(profile, run_dir, tuple(notebooks), chosen, {
-        name: [root / user_path(each) for setting in _READ if (value := of.get(setting))
-               for each in (value if isinstance(value, list) else [value])] for name, of in values.items()})
+        name: [root / user_path(each) for each in some] + (source_files() if {"sst3", "sst5"} & set(some) else [])
+        for name, some in named.items()})
 
 
 def _checked_file(task: Any, root: Path) -> Any:

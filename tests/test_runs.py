@@ -75,6 +75,19 @@ def test_a_relative_path_of_data_counts_from_where_one_stands(tmp_path, monkeypa
     assert manifest._checked_file("my.csv", tmp_path / "root") == "my.csv", "else in the project"
 
 
+def test_a_run_keeps_in_mind_which_files_of_sst_it_read(tmp_path, monkeypatch):
+    """So that a treebank unpacked again, or found only later, is read when the run goes on."""
+    (tmp_path / "sst" / "trees").mkdir(parents=True)
+    files = [tmp_path / "sst" / name for name in ("trees/train.txt", "trees/dev.txt", "trees/test.txt", "sentence_scores.tsv")]
+    for file in files:
+        file.write_text("")
+    monkeypatch.setenv("CARMA_DATA", str(tmp_path))
+    read = {profile: set(manifest.make_plan(profile, root=ROOT, sources=False).reads["01_data_construction"]) for profile in ("sst", "ci")}
+    assert set(files) <= read["sst"] and not set(files) & read["ci"], "CI's first notebook builds no SST"
+    monkeypatch.delenv("CARMA_DATA")
+    assert not set(files) & set(manifest.make_plan("sst", root=ROOT, sources=False).reads["01_data_construction"])
+
+
 def test_wordnet_is_missed_before_the_trainings(monkeypatch):
     def absent():
         raise WordNetNotFound

@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from carma_lib.files import RunError
-from carma_lib.tasks import DataNotFound, build_task, sst
+from carma_lib.tasks import DataNotFound, build_task, is_built, sst
 from carma_lib.tasks.sst import parse_tree, phrase_spans, three_class
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Stanford's has")  # small files stand for large ones
@@ -112,6 +112,25 @@ def test_a_file_cut_at_a_line_or_another_split_is_told(sst_folder, tmp_path, mon
     assert told() == []
     assert ["test.txt holds 2,209 sentences and Stanford's has 2,210" in each for each in told(cut=2209)] == [True]
     assert ["dev.txt holds 2,210 sentences and Stanford's has 1,101" in each for each in told(dev="test")] == [True]
+
+
+def test_other_files_are_built_anew_and_absent_ones_are_not_asked_for(small_sst, tmp_path, monkeypatch):
+    folder = tmp_path / "task"
+
+    def answers():
+        return {row["text"]: row["target"] for row in build_task("sst3", folder, train_phrases=False)["test"]}
+
+    assert not is_built("sst3", folder, train_phrases=False)
+    (small_sst / "trees" / "train.txt").write_text("(3 (2 another) (4 gem))\n")  # a training text is never a held-out one
+    assert answers() == {"a gem": "positive", "not funny": "negative"}
+    assert is_built("sst3", folder, train_phrases=False) and not is_built("sst3", folder)
+    (small_sst / "sentence_scores.tsv").write_text("split\trow\tscore\ntest\t0\t0.5\n")
+    assert not is_built("sst3", folder, train_phrases=False)
+    assert answers() == {"a gem": "neutral", "not funny": "negative"}
+    (small_sst / "trees" / "test.txt").write_text("(3 (2 a) (4 gem))\n")
+    assert answers() == {"a gem": "neutral"}
+    monkeypatch.delenv("CARMA_DATA")
+    assert is_built("sst3", folder, train_phrases=False) and answers() == {"a gem": "neutral"}
 
 
 @pytest.mark.parametrize(("content", "says"), [

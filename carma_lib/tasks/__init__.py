@@ -19,7 +19,7 @@ from typing import Any
 
 import datasets
 
-from carma_lib.files import RunError, code_fingerprint, fingerprint, user_path
+from carma_lib.files import RunError, code_fingerprint, fingerprint, sha256_of, user_path
 from carma_lib.tasks import sst, wordnet
 from carma_lib.tasks.controlled.lexicon import controlled_synonyms, load_lexicon
 from carma_lib.tasks.controlled.definitions import inverse_dictionary_rows
@@ -77,7 +77,7 @@ def task_named(name: str | os.PathLike) -> Task:
 
 def build_task(name: str | os.PathLike, folder: Path | str, *, seed: int = 42, split_by: str = "synset", train_phrases: bool = True,
                split_sizes: Sequence[float] | None = None, file: str | None = None) -> datasets.DatasetDict:
-    """Build a task into `folder`, or load it from there if it is whole and made from the same parameters and rules.
+    """Build a task into `folder`, or load it from there if it is whole and made from the same source, parameters and rules.
 
     Parameters
     ----------
@@ -115,6 +115,8 @@ def _builder(name: str | os.PathLike, *, seed: int = 42, split_by: str = "synset
     parameters: dict[str, Any]
     if name in ("sst3", "sst5"):
         parameters = {"classes": int(name[3:]), "train_phrases": train_phrases}
+        if files := sst.source_files():
+            parameters["content"] = fingerprint([sha256_of(path) for path in files])
         build = sst.build_rows
     elif name == "wordnet_inverse_dictionary":
         parameters = {"seed": seed, "split_by": split_by}

@@ -89,12 +89,13 @@ def read_card(folder: Path | str) -> dict[str, Any]:
 
 
 def is_current(folder: Path, *, task: str, parameters: dict[str, Any], rules: str) -> bool:
-    """Whether `folder` holds this task whole, made from these parameters by these rules."""
+    """Whether `folder` holds this task whole, made from these parameters (others are free) by these rules."""
     try:
         card = read_card(folder)
     except RunError:
         return False
-    return (card["task"], card["parameters"], card["rules"]) == (task, parameters, rules) and not check_folder(folder)
+    same = (card["task"], {**card["parameters"], **parameters}, card["rules"]) == (task, card["parameters"], rules)
+    return same and not check_folder(folder)
 
 
 def load_task(folder: Path | str) -> datasets.DatasetDict:

@@ -166,6 +166,13 @@ _HOW_TO_GET = ("Three ways: set CARMA_DATA to a folder that holds sst/trees/{tra
                "trainDevTestTrees_PTB.zip as $CARMA_DATA/sst; or allow access to the Hugging Face hub.")
 
 
+def source_files() -> list[Path]:
+    """The files of `$CARMA_DATA/sst` that `load_trees` reads; none where it would ask the hub."""
+    root = os.environ.get("CARMA_DATA")
+    names = [*(f"trees/{name}" for name in _FILES.values()), "sentence_scores.tsv"]
+    return [path for name in names if (path := user_path(root) / "sst" / name).is_file()] if root else []
+
+
 def load_trees() -> tuple[dict[str, list[Tree]], dict[tuple[str, int], float]]:
     """The trees by split, and sentence scores by (split, row); from `$CARMA_DATA/sst`, else the hub.
 
@@ -199,8 +206,10 @@ def _label(label: int, score: float | None, classes: int) -> str:
     return three_class((label + 0.5) / 5 if score is None else score)
 
 
-def build_rows(*, classes: int, train_phrases: bool) -> TaskRows:
+def build_rows(*, classes: int, train_phrases: bool, content: str | None = None) -> TaskRows:
     """SST as rows: 3 or 5 classes; with `train_phrases`, every distinct phrase of the training trees too.
+
+    content: what the card says of the files, so that other files make other rows; not read here.
 
     A training text that also stands in validation or test is left out; the card counts them. Without
     sentence scores (Stanford's zip of trees alone) the root's label stands in for the score. Stanford's files
