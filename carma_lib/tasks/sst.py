@@ -168,9 +168,14 @@ _HOW_TO_GET = ("Three ways: set CARMA_DATA to a folder that holds sst/trees/{tra
 
 def source_files() -> list[Path]:
     """The files of `$CARMA_DATA/sst` that `load_trees` reads; none where it would ask the hub."""
-    root = os.environ.get("CARMA_DATA")
+    folder = _folder()
     names = [*(f"trees/{name}" for name in _FILES.values()), "sentence_scores.tsv"]
-    return [path for name in names if (path := user_path(root) / "sst" / name).is_file()] if root else []
+    return [path for name in names if (path := folder / name).is_file()] if folder else []
+
+
+def _folder() -> Path | None:
+    root = os.environ.get("CARMA_DATA")
+    return None if root is None else user_path(root) / "sst"
 
 
 def load_trees() -> tuple[dict[str, list[Tree]], dict[tuple[str, int], float]]:
@@ -179,12 +184,11 @@ def load_trees() -> tuple[dict[str, list[Tree]], dict[tuple[str, int], float]]:
     Raises `DataNotFound` naming the ways to get them, `RunError` naming a damaged file and its line. Warns of a file with
     another number of sentences than Stanford's.
     """
-    root = os.environ.get("CARMA_DATA")
-    if root is None:
+    folder = _folder()
+    if folder is None:
         return _from_hub()
-    folder = user_path(root) / "sst"
     if not folder.is_dir():
-        raise DataNotFound(f"CARMA_DATA is {root}, but there is no folder sst in it. {_HOW_TO_GET}")
+        raise DataNotFound(f"CARMA_DATA is {folder.parent}, but there is no folder sst in it. {_HOW_TO_GET}")
     return _from_folder(folder)
 
 
@@ -209,11 +213,10 @@ def _label(label: int, score: float | None, classes: int) -> str:
 def build_rows(*, classes: int, train_phrases: bool, content: str | None = None) -> TaskRows:
     """SST as rows: 3 or 5 classes; with `train_phrases`, every distinct phrase of the training trees too.
 
-    content: what the card says of the files, so that other files make other rows; not read here.
-
     A training text that also stands in validation or test is left out; the card counts them. Without
     sentence scores (Stanford's zip of trees alone) the root's label stands in for the score. Stanford's files
     begin with positive sentences; validation and test are shuffled, so that their first items are like all of them.
+    `content` is the mark of the files, for the card alone.
     """
     trees, scores = load_trees()
     splits: dict[str, list[dict[str, Any]]] = {}
