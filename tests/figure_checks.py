@@ -1,4 +1,4 @@
-"""Can a figure be read? No text over another text or over a mark, and nothing outside the canvas."""
+"""Can a figure be read? No text over another text or over a mark, no mark outside its panel, and nothing outside the canvas."""
 import numpy as np
 from matplotlib.collections import PathCollection
 from matplotlib.path import Path
@@ -56,6 +56,8 @@ def overlaps(figure, slack=1.0):
                     is not None and seen.width > 0 and seen.height > 0] for axes in figure.axes}
     for axes, mark in marks_of(figure):
         inside = axes.get_window_extent()
+        if isinstance(mark, Bbox) and not mark.overlaps(inside):
+            found.append("a mark lies outside its panel")
         for name, seen in shown[axes]:
             if mark.overlaps(seen) if isinstance(mark, Bbox) else mark.intersects_bbox(seen, filled=False):
                 found.append(f"{name!r} lies over a mark")

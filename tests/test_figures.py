@@ -133,13 +133,14 @@ def drawn_hard():
     yield "forest, wide", figures.forest_plot(claims_table(["a", "b"], low=-0.9, high=1.0))
     yield "forest, narrow", figures.forest_plot(claims_table(["new combinations"], low=0.01999, high=0.02001))
     yield "forest, one claim", figures.forest_plot(claims_table(["new combinations"]).iloc[:1])
+    yield "forest, two scales", figures.forest_plot(pd.concat([claims_table(["a task: pooling"]), claims_table(["another task: pooling"], low=-0.4, high=0.9)]))
     yield "forest, one ratio", figures.forest_plot(claims_table(["new combinations"], -0.9, 9).iloc[2:])
 
 
 def test_no_text_lies_over_another_or_over_a_mark(results, comparisons):
     cases = {**{name: figure for name, (figure, _) in drawn(results, comparisons).items()}, **dict(drawn_hard())}
     found = {name: overlaps(figure) for name, figure in cases.items()}
-    assert len(found) == 28 and not {name: lines for name, lines in found.items() if lines}
+    assert len(found) == 29 and not {name: lines for name, lines in found.items() if lines}
 
 
 def test_a_long_name_does_not_hide_the_outcome():
@@ -155,6 +156,7 @@ def test_a_long_name_does_not_hide_the_outcome():
 def test_every_claim_has_its_own_name_beside_its_mark():
     names = [f"{task}: {asked}" for task in ("a task", "another task") for asked in ("new combinations", "pooling")]
     table = claims_table(names).assign(estimate=[place / 100 + (place % 3 == 2) for place in range(12)])
+    table.loc[6, ["low", "high"]] = -0.3, 0.4  # of the second task, wider than all of the first
     axes = figures.forest_plot(table).axes
     assert [one.get_title(loc="left") for one in axes] == ["a task", "another task", ""]
     drawn = {}
@@ -171,6 +173,12 @@ def test_every_claim_has_its_own_name_beside_its_mark():
             outcome = f" (≥ −2: {'shown' if row['holm_p'] < 0.05 else 'not shown'})" if row["kind"] == "non-inferiority" else ""
             expected[task, asked + outcome] = 100 * row["estimate"]
     assert {name: pytest.approx(value) for name, value in expected.items()} == drawn
+    for panel in axes:
+        low, high = panel.get_xlim()
+        ends = [value for line in panel.lines for value in line.get_xdata()]
+        assert low < min(ends) and max(ends) < high, "a mark or an end of an interval lies outside"
+    assert axes[0].get_xlim() == axes[1].get_xlim(), "the tasks have one scale"
+    assert len(figures.forest_plot(table.set_axis([0] * 12)).axes[0].get_yticklabels()) == 4, "whatever the table's index"
     alike = figures.forest_plot(table[table["name"].str.endswith("pooling")]).axes[-1]
     assert alike.get_title(loc="left") == "pooling" and [label.get_text() for label in alike.get_yticklabels()] == ["a task", "another task"]
 
@@ -190,7 +198,8 @@ def test_the_check_of_overlaps_finds_each_kind():
     spoilt = {"over a mark": lambda: axes.text(1, 1, "top", va="center", ha="center"),
               "over 'one'": lambda: [axes.text(0.2, 0.8, name) for name in ("one", "two")],
               "leaves the canvas": lambda: axes.annotate("far", (0, 0), xytext=(-200, 0), textcoords="offset points",
-                                                         annotation_clip=False).set_in_layout(False)}
+                                                         annotation_clip=False).set_in_layout(False),
+              "outside its panel": lambda: axes.set_xlim(0.5, 1.5)}
     for message, spoil in spoilt.items():
         spoil()
         assert any(message in line for line in overlaps(figure)), (message, overlaps(figure))

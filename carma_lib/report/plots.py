@@ -184,7 +184,8 @@ def forest_plot(comparisons: pd.DataFrame) -> Figure:
     known = comparisons.dropna(subset=["estimate"])
     if known.empty:
         raise ValueError("forest_plot: no claim of the table could be estimated; its notes say why")
-    known = known.join(known["name"].str.rpartition(": ").set_axis(["heading", "colon", "asked"], axis=1))
+    parted = known["name"].str.rpartition(": ")
+    known = known.assign(heading=parted[0], asked=parted[2])
     is_ratio = known["kind"] == "cv ratio"
     parts = [(heading, rows["asked"], rows) for heading, rows in known[~is_ratio].groupby("heading", sort=False)]
     of_tasks = len(parts)
@@ -198,11 +199,12 @@ def forest_plot(comparisons: pd.DataFrame) -> Figure:
     figure, panels = plt.subplots(len(parts), squeeze=False, figsize=(PAGE, height), height_ratios=[len(rows) for *_, rows in parts])
     panels = panels[:, 0]
     method, baseline = sides(known)
+    for axes in panels[1:of_tasks]:  # before anything is drawn, so that the one axis has room for all
+        axes.sharex(panels[0])
     for axes, (title, names, rows) in zip(panels, parts):
         _forest(axes, rows, names)
         axes.set_title(fill(title, 44), loc="left")
     for axes in panels[:of_tasks]:
-        axes.sharex(panels[0])
         last = axes is panels[of_tasks - 1]
         axes.tick_params(axis="x", labelbottom=last, length=3.5 * last)
         axes.spines["bottom"].set_visible(last)
